@@ -25,6 +25,7 @@ INSTANTS: Mapping[str, str] = {
     "worker.fetched": "the inputs of an attempt are there, the trainer is not started",
     "worker.started": "the trainer has started",
     "worker.sent": "the service has committed rows that the spool still holds",
+    "worker.parts_stored": "a bucket has some parts of a checkpoint's files, sent directly",
     "worker.uploaded": "all parts of a checkpoint are sent, and none is committed",
     "worker.trained": "the trainer has ended, and not all is delivered",
     "worker.delivered": "all is delivered, and the end of the attempt is not reported",

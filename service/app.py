@@ -118,6 +118,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
+            ready.artifacts.storage.close()
 
     app = FastAPI(
         title="DAR training service",

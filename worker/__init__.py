@@ -3,6 +3,7 @@
 app: the worker process: Celery wakes the slot, or the slot polls; signals of the process.
 slot: claims jobs and runs one after the other.
 api: client of the service's worker API; repeats calls while the service is away.
+store_client: client of the artifact store, for files that do not pass through the service.
 supervisor: one attempt, seen from the worker.
 attempt: one attempt, seen from the trainer process; the only folder here that uses torch.
 failures: whose fault a failed attempt is, and the sentence about it that the user reads.

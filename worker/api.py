@@ -17,11 +17,13 @@ from dar.protocol.worker import (
     AnnounceRewardRequests,
     AttemptOf,
     BatchAck,
+    CheckpointParts,
     CheckpointUpload,
     Claim,
     Complete,
     DamagedInputs,
     Directives,
+    DirectParts,
     Fail,
     Heartbeat,
     Inputs,
@@ -43,6 +45,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 READ_SECONDS = 30.0
 COMMIT_SECONDS = 600.0
 """The service hashes every file of a checkpoint before it responds to a commit."""
+PARTS_SECONDS = 120.0
+"""The service asks its store several times before it responds, and puts finished files together."""
 DIRECTIVES_WAIT_SECONDS = 20
 LOG_SECONDS = 2.0
 """A log that the service does not take in this time is sent again later, or not at all."""
@@ -305,6 +309,14 @@ class WorkerClient:
                 content=part,
                 headers={"content-type": "application/octet-stream"},
             )
+
+    def direct_parts(
+        self, lease_id: str, checkpoint_id: str, parts: CheckpointParts
+    ) -> DirectParts:
+        """Requests for the next parts that go directly to the store; none: all are there."""
+        path = f"/leases/{lease_id}/checkpoints/{checkpoint_id}/parts"
+        with _of_a_lease():
+            return self._request(DirectParts, "POST", path, parts, timeout=PARTS_SECONDS)
 
     def commit(self, lease_id: str, checkpoint_id: str, attempt: int) -> CheckpointUpload:
         """Make the service verify a checkpoint and list it."""

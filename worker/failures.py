@@ -27,7 +27,7 @@ SERVER_ERROR = 500
 """First HTTP status of errors that no other request would have avoided."""
 DATABASE_AWAY = "database_unavailable"
 """Code of the service's errors while its database is away."""
-STORAGE_CODES = frozenset({"storage_full", "missing", "input_altered"})
+STORAGE_CODES = frozenset({"storage_full", "storage_unavailable", "missing", "input_altered"})
 """Codes of errors about files of the service."""
 MESSAGE_LENGTH = 2000
 """Longest message; the same as that of a `dar.protocol.worker.Release`."""

@@ -13,7 +13,13 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from dar.client.arguments import as_json
-from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
+from dar.errors import (
+    ConfigurationError,
+    DARError,
+    ServiceConnectionError,
+    ServiceUnavailableError,
+    error_from_body,
+)
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
 from dar.setting_kinds import LONGEST_SECONDS, plain_key
@@ -258,6 +264,8 @@ class Transport:
                     raise httpx2.ConnectError(f"a host on the way is not valid: {error}") from None
                 if not response.is_success:
                     response.read()
+                    if self._is_of_a_store(response):
+                        raise _store_failure(response)
                     raise failure_of(response, self._redact)
                 yield response
         except httpx2.RequestError as error:
@@ -281,10 +289,33 @@ class Transport:
                 f"{self.base_url} redirects each request to another URL, without an end; "
                 "give the URL of the service itself with base_url= or DAR_BASE_URL"
             )
+        if (elsewhere := self._elsewhere(error)) is not None:
+            return ServiceConnectionError(
+                f"cannot reach {elsewhere}, to which {self.base_url} "
+                f"redirects: {type(error).__name__}; try again, or let its operator set "
+                "DAR_DOWNLOADS=stream or DAR_S3_PUBLIC_ENDPOINT"
+            )
         return ServiceConnectionError(
             f"cannot reach the DAR service at {self.base_url}: {why}; "
             "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
         )
+
+    def _is_elsewhere(self, url: httpx2.URL) -> bool:
+        own = httpx2.URL(self.base_url)
+        return (url.host, url.port) != (own.host, own.port)
+
+    def _is_of_a_store(self, response: httpx2.Response) -> bool:
+        """Whether a failure is none of the service, but of a store that it has redirected to."""
+        is_json = "json" in response.headers.get("content-type", "")
+        return bool(response.history) and self._is_elsewhere(response.url) and not is_json
+
+    def _elsewhere(self, error: httpx2.RequestError) -> str | None:
+        """The host that could not be reached, if the service has redirected to it."""
+        try:
+            url = error.request.url
+        except RuntimeError:  # the error is about no request that was sent
+            return None
+        return url.netloc.decode() if self._is_elsewhere(url) else None
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
@@ -428,6 +459,15 @@ def failure_of(
     if advice in {"true", "false"}:
         error.retryable = advice == "true"
     return error
+
+
+def _store_failure(response: httpx2.Response) -> ServiceUnavailableError:
+    """The error about a store to which the service has redirected. Its URL may have expired."""
+    return ServiceUnavailableError(
+        f"the artifact store at {response.url.netloc.decode()}, to which the service redirects, "
+        f"answers {response.status_code}; try again",
+        code="storage_unavailable",
+    )
 
 
 def _redact_texts(error: DARError, redact: Callable[[str], str]) -> None:

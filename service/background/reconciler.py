@@ -281,7 +281,10 @@ class Reconciler:
         for item in doomed:
             try:
                 self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
-            except (DARError, OSError) as error:  # the next pass tries again
+            except DARError as error:  # a store that does not answer would hold up each of them
+                log.warning("checkpoints cannot be removed", error=str(error))
+                return
+            except OSError as error:  # the next pass tries again
                 log.warning("checkpoint cannot be removed", id=item.id, error=str(error))
                 continue
             with self._database.write() as transaction:

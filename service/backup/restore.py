@@ -83,6 +83,7 @@ def restore(settings: Settings, folder: Path) -> BackupManifest:
             sync(place)
             sync(place.parent)
         sync(home)
+    storage.close()
     return manifest
 
 

@@ -107,6 +107,9 @@ class S3Storage(Storage):
             "expires_at": expires_at,
         }
 
+    def close(self) -> None:
+        self.transfers.close()
+
     def prepare(self) -> None:
         try:
             self.check_write()

@@ -147,15 +147,25 @@ class SignedTransfers(DirectTransfers):
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
+        self._opened: list[Any] = []
 
     @functools.cached_property
     def _client(self) -> Any:  # noqa: ANN401 - see `Bucket.client`
-        return self._bucket.client(self._bucket.endpoint)
+        return self._open(self._bucket.endpoint)
 
     @functools.cached_property
     def _signer(self) -> Any:  # noqa: ANN401 - see `Bucket.client`
         public = self._bucket.public_endpoint
-        return self._client if public is None else self._bucket.client(public)
+        return self._client if public is None else self._open(public)
+
+    def _open(self, endpoint: str | None) -> Any:  # noqa: ANN401 - see `Bucket.client`
+        client = self._bucket.client(endpoint)
+        self._opened.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self._opened:
+            client.close()
 
     def _at(self, key: str) -> dict[str, str]:
         full = f"{self._bucket.prefix}/{key}" if self._bucket.prefix else key

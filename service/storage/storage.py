@@ -126,6 +126,9 @@ class Storage(ABC):
     signed_downloads: DirectTransfers | None = None
     """How users fetch bytes themselves; None: all pass through the service."""
 
+    def close(self) -> None:  # noqa: B027 - a folder has no connections
+        """End its connections."""
+
     @abstractmethod
     def prepare(self) -> None:
         """Check at the start that it can be used, and remove what interrupted writes left.

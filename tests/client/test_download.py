@@ -114,7 +114,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
         client.checkpoints.download("ftjob-1", "ckpt-1", tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == DATA
     assert server.requests[-1][1]["range"] == "bytes=9000-"
-    assert server.requests[-1][1]["if-range"] == f'"{hashlib.sha256(DATA).hexdigest()}"'
+    assert "if-range" not in server.requests[-1][1], "a store knows another ETag than the service"
 
 
 @pytest.mark.parametrize("wrong", [DATA[:-1] + b"?", DATA + b"more", DATA[:-1]])

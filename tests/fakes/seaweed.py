@@ -54,6 +54,7 @@ class SeaweedFS:
         self._grpc_ports = {name: free_port() for name in _PORTS}
         self.volumes, self.volume_megabytes = volumes, volume_megabytes
         self._prefixes = 0
+        self._clients: dict[tuple[Identity, str], Any] = {}
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._write_identities(SERVICE)
@@ -84,11 +85,17 @@ class SeaweedFS:
         }
 
     def client(self, identity: Identity = SERVICE, endpoint: str | None = None) -> Any:
-        """A client that shares no code with the product's store."""
+        """A client that shares no code with the product's store; closed with the server."""
+        key = (identity, endpoint or self.endpoint)
+        if key not in self._clients:
+            self._clients[key] = self._new_client(*key)
+        return self._clients[key]
+
+    def _new_client(self, identity: Identity, endpoint: str) -> Any:
         return botocore.session.get_session().create_client(
             "s3",
             region_name=REGION,
-            endpoint_url=endpoint or self.endpoint,
+            endpoint_url=endpoint,
             aws_access_key_id=identity.access_key,
             aws_secret_access_key=identity.secret_key,
             config=Config(
@@ -185,6 +192,9 @@ class SeaweedFS:
 
     def kill(self) -> None:
         """Kill the server, as a loss of power does."""
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
         if self.process is not None:
             self.process.kill()
             self.process.wait()

@@ -1,4 +1,7 @@
-"""Uploads published checkpoints during training: register, send in resumable parts, commit."""
+"""Uploads published checkpoints during training: register, send in resumable parts, commit.
+
+Parts go to the service. Where it keeps files in a bucket, they go directly to the store.
+"""
 
 import collections
 import shutil
@@ -13,8 +16,14 @@ from dar.client.transport import Backoff
 from dar.errors import CheckpointError, ConflictError, DARError, FencedError
 from dar.fault_points import fault_point
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
-from dar.protocol.worker import CheckpointUpload, NewCheckpointRow, RegisterCheckpoint
+from dar.protocol.worker import (
+    CheckpointParts,
+    CheckpointUpload,
+    NewCheckpointRow,
+    RegisterCheckpoint,
+)
 from worker.api import LONGEST_PAUSE_SECONDS, WorkerClient
+from worker.store_client import StoreClient, digests_of
 from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
@@ -23,7 +32,8 @@ PART_BYTES = 8 * 1024**2
 UPLOAD_ATTEMPTS = 5
 """Attempts at an upload without progress, when the service and the worker disagree about it."""
 LOOK_SECONDS = 0.5
-STORAGE_FULL = "storage_full"
+BLOCKING = frozenset({"storage_full", "storage_unavailable"})
+"""Codes of errors of the artifact store, which only its operator can end."""
 Answer = TypeVar("Answer")
 
 
@@ -37,6 +47,7 @@ class CheckpointUploader:
         self._state = state
         self._lease = state.lease
         self._client = client
+        self._store = StoreClient(state.is_given_up)
         self._keep = keep_last
         self._waiting: collections.deque[NewCheckpointRow] = collections.deque()
         self._arrived = threading.Event()
@@ -113,17 +124,17 @@ class CheckpointUploader:
         )
 
     def _until_stored(self, call: Callable[[], Answer], what: str) -> Answer:
-        """Repeat a call until the service responds; `AttemptState.blocked` says if it has no room.
+        """Repeat a call until it succeeds; `AttemptState.blocked` says if the store is the reason.
 
-        A full store is waited for without limit.
+        A store that is full or away is waited for without limit.
         """
 
         def attempt() -> Answer:
             try:
                 answer = call()
             except DARError as error:
-                is_full = error.error_code == STORAGE_FULL
-                self._state.blocked = error.message if is_full else None
+                is_blocking = error.error_code in BLOCKING
+                self._state.blocked = error.message if is_blocking else None
                 raise
             self._state.blocked = None
             return answer
@@ -140,6 +151,9 @@ class CheckpointUploader:
         lease_id, attempt = self._lease.lease_id, self._lease.attempt
         if upload.status == "pending":
             files = list(register.manifest.files)
+            if upload.part_bytes is not None:
+                self._send_directly(folder, register.manifest, upload, upload.part_bytes)
+                files = []
             if MANIFEST_NAME in upload.received:
                 files.append(
                     ManifestFile(
@@ -155,6 +169,38 @@ class CheckpointUploader:
             )
         log.info("checkpoint committed", step=register.manifest.step, id=upload.checkpoint_id)
         return upload.checkpoint_id
+
+    def _send_directly(
+        self, folder: Path, manifest: Manifest, upload: CheckpointUpload, part_bytes: int
+    ) -> None:
+        """Send all files of the manifest to the store, in parts that it compares with digests.
+
+        Raises:
+            ConflictError: A file here or a part there is not as the manifest says.
+        """
+        digests = {}
+        for file in manifest.files:
+            found = digests_of(folder / file.name, part_bytes, self._state.is_given_up)
+            if found.sha256 != file.sha256:
+                raise ConflictError(
+                    f"{file.name!r} on the worker's disk is not as its manifest says",
+                    code="checksum_mismatch",
+                )
+            digests[file.name] = found.parts
+        request = CheckpointParts(attempt=self._lease.attempt, files=digests)
+
+        def send_next() -> bool:
+            # Asked again after every failure: its URLs may have expired, and some parts are stored.
+            lease_id = self._lease.lease_id
+            parts = self._client.direct_parts(lease_id, upload.checkpoint_id, request).parts
+            if unknown := {part.name for part in parts} - digests.keys():
+                raise CheckpointError(f"the service asked for {min(unknown)!r}, which is no file")
+            self._store.put_all(folder, parts)
+            fault_point("worker.parts_stored")
+            return bool(parts)
+
+        while self._until_stored(send_next, "upload to the store"):
+            pass
 
     def _send_file(self, folder: Path, upload: CheckpointUpload, file: ManifestFile) -> None:
         offset = upload.received.get(file.name, 0)

@@ -12,10 +12,17 @@ from typing import TypeVar
 import structlog
 
 from dar.disk import file_sha256, link_out_of
-from dar.errors import ConflictError, DARError, FencedError, ModelNotFoundError
+from dar.errors import (
+    ConflictError,
+    DARError,
+    FencedError,
+    ModelNotFoundError,
+    ServiceUnavailableError,
+)
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
 from worker.failures import NETWORK
+from worker.store_client import StoreClient
 from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
@@ -116,6 +123,9 @@ class InputFetcher:
         self._client = client
         self._models_path = models_path
         self._folder = state.folder.inputs
+        self._store = StoreClient(state.must_stop)
+        self._urls: Mapping[tuple[str, str], str] = {}
+        """Where the store has an input, by its name and digest; the service sends the others."""
 
     def fetch(self) -> LocalInputs:
         """Download all files that are missing; waits while the service is unreachable.
@@ -182,6 +192,7 @@ class InputFetcher:
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
         inputs = self._until_answered(lambda: self._client.inputs(lease_id), "inputs")
         files, self._state.resume_checkpoint_id = inputs.files, inputs.resume_checkpoint_id
+        self._note_urls(files)
         reward_models = self._reward_models()
         local = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
         if here is not None:
@@ -270,4 +281,20 @@ class InputFetcher:
                     out.write(chunk)
 
             if out.tell() < file.bytes:
-                self._client.download(self._lease.lease_id, file.name, out.tell(), take)
+                self._receive(file, out.tell(), take)
+
+    def _receive(
+        self, file: InputFile, offset: int, take: Callable[[Iterable[bytes]], None]
+    ) -> None:
+        lease_id, url = self._lease.lease_id, self._urls.get((file.name, file.sha256))
+        if url is None:
+            self._client.download(lease_id, file.name, offset, take)
+            return
+        try:
+            self._store.get(url, offset, take)
+        except ServiceUnavailableError:
+            self._note_urls(self._client.inputs(lease_id).files)  # this one may have expired
+            raise
+
+    def _note_urls(self, files: Iterable[InputFile]) -> None:
+        self._urls = {(file.name, file.sha256): file.url for file in files if file.url is not None}

@@ -69,7 +69,7 @@ class AttemptState:
         self.renewed_at = seconds_since_boot()
         """When the latest call began that renewed the lease."""
         self.blocked: str | None = None
-        """Why no checkpoint can be uploaded now: the artifact store is full."""
+        """Why no checkpoint can be uploaded now: the artifact store is full, or does not answer."""
         self.gives_up_at: float | None = None
         """Monotonic time after which calls to the service are not repeated."""
 
