@@ -3,7 +3,17 @@
 import argparse
 import sys
 
-from chaos import freezes, instants, kills, latencies, outages, scoreboard, submissions, training
+from chaos import (
+    buckets,
+    freezes,
+    instants,
+    kills,
+    latencies,
+    outages,
+    scoreboard,
+    submissions,
+    training,
+)
 
 ROWS = [
     *submissions.rows(),
@@ -11,6 +21,7 @@ ROWS = [
     *instants.rows(),
     *freezes.rows(),
     *outages.rows(),
+    *buckets.rows(),
     *latencies.rows(),
     *training.rows(),
 ]
