@@ -13,7 +13,7 @@ from chaos.stack import Stack, stack, until
 Outage = Literal["away", "full", "slow", "read-only"]
 OUTAGES: tuple[Outage, ...] = get_args(Outage)
 SECONDS = 12.0
-FEW_VOLUMES = 12
+FEW_VOLUMES, MANY_VOLUMES = 12, 100
 SLOW_BYTES_PER_SECOND = 50_000
 """A checkpoint of these rows takes 25 s then."""
 
@@ -70,7 +70,7 @@ def _outage(installation: Stack, what: Outage) -> Iterator[None]:
         seaweed.fill()
         yield
         seaweed.kill()
-        seaweed.volumes = 0
+        seaweed.volumes = MANY_VOLUMES
         seaweed.start()
     elif what == "slow":
         network.bytes_per_second = SLOW_BYTES_PER_SECOND
