@@ -16,10 +16,10 @@ from dar.errors import ConflictError
 from dar.protocol.checkpoints import MANIFEST_NAME
 from service.storage.storage import (
     CHUNK_BYTES,
-    Entry,
     PartWriter,
     Space,
     Storage,
+    StoredObject,
     Upload,
     altered,
     incomplete,
@@ -82,14 +82,14 @@ class FolderStorage(Storage):
         path = self.path(key)
         return path.stat().st_size if path.is_file() and not path.is_symlink() else None
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[StoredObject]:
         folder = self.path(prefix)
         for path in folder.rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if path.is_file() and not path.is_symlink():
                     state = path.stat()
                     key = path.relative_to(self.root).as_posix()
-                    yield Entry(key, state.st_size, _modified_at(state))
+                    yield StoredObject(key, state.st_size, _modified_at(state))
 
     def read(self, key: str, first: int = 0, end: int | None = None) -> Iterator[bytes]:
         return _chunks(self.path(key).open("rb"), first, end)

@@ -30,10 +30,10 @@ from dar.protocol.checkpoints import MANIFEST_NAME, ManifestFile
 from service.storage.signing import Bucket, SignedTransfers
 from service.storage.storage import (
     CHUNK_BYTES,
-    Entry,
     PartWriter,
     Space,
     Storage,
+    StoredObject,
     Upload,
     altered,
     incomplete,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MARKER = ".dar-storage"
-"""An object that tells the bucket of an installation from an empty one."""
+"""An object that the bucket of an installation has, and an empty one has not."""
 PART_BYTES = 8 * 1024**2
 """Size of the parts in which this process writes an object, and largest one written at once."""
 PARTS_AT_ONCE = 4
@@ -168,7 +168,7 @@ class S3Storage(Storage):
         except FileNotFoundError:
             return None
 
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[StoredObject]:
         # The library's prefixes end at a slash, given or not.
         with self._asking():
             pages = iter(obstore.list(self._store, prefix=prefix.rstrip("/") or None))
@@ -179,7 +179,7 @@ class S3Storage(Storage):
                 return
             for one in page:
                 if not one["path"].startswith(MARKER):
-                    yield Entry(one["path"], one["size"], one["last_modified"])
+                    yield StoredObject(one["path"], one["size"], one["last_modified"])
 
     def read(self, key: str, first: int = 0, end: int | None = None) -> Iterator[bytes]:
         if end is not None and end <= first:

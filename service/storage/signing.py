@@ -56,7 +56,8 @@ class Bucket:
         region: Its region.
         endpoint: URL of the store; None: AWS.
         public_endpoint: URL of the store for workers and users; None: the same.
-        access_key_id: Key; None: botocore looks for it, in the environment, files and the machine.
+        access_key_id: Key; None: that which botocore finds in the environment, in files or on the
+            machine.
         secret_access_key: Its secret.
     """
 
@@ -74,7 +75,7 @@ class Bucket:
 
     @property
     def shown(self) -> str:
-        """Where it is looked for, for messages."""
+        """Its address, for messages."""
         return self.endpoint or f"AWS in {self.region}"
 
     def failure(self, code: str, status: int) -> DARError:

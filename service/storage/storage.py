@@ -26,7 +26,7 @@ LEFTOVER = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredObject:
     """A stored object."""
 
     key: str
@@ -160,7 +160,7 @@ class Storage(ABC):
         """Bytes of an object; None: there is none."""
 
     @abstractmethod
-    def entries(self, prefix: str) -> Iterator[Entry]:
+    def entries(self, prefix: str) -> Iterator[StoredObject]:
         """All objects below ``prefix``, which ends with a slash or is empty."""
 
     @abstractmethod

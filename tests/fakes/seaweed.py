@@ -22,7 +22,7 @@ _PORTS = ("master", "volume", "filer", "s3", "admin")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whoever signs requests."""
+    """A key, and what it may do."""
 
     access_key: str
     secret_key: str

@@ -48,7 +48,11 @@ NOUN_FOLDERS = {"dar/protocol", "dar/client", "service/api", "service/store"}
 MIGRATIONS = "migrations/versions"
 """One file for each change of the schema, and none ever goes."""
 
-PLUGIN_FOLDERS = {"dar/rewards/builtins", "dar/rewards/protocols", MIGRATIONS}
+PLUGIN_FOLDERS = {
+    *("dar/rewards/builtins", "dar/rewards/protocols"),
+    "service/storage",  # found by the scheme of a URL
+    MIGRATIONS,
+}
 """Folders whose files are found by a table or by name, and grow with what they support."""
 
 MAIN_MODULES = {
