@@ -10,7 +10,7 @@ secret_box: encrypts the secrets of reward endpoints.
 keys: makes and configures API keys, worker keys and secrets.
 migrate: upgrades the database schema.
 audit: checks afterwards that nothing was lost, doubled or damaged.
-backup: takes backups of an installation that runs, and restores them.
+backup: takes backups of an installation that runs, restores them, and moves files elsewhere.
 telemetry: Prometheus metrics.
 api: routes, one file for each noun.
 background: long polls, expired leases, removal of old files, wake-ups of workers.
@@ -18,5 +18,5 @@ http: authentication, bodies, errors, rate limits, logs.
 jobs: submission of jobs, checks of training files, models.
 rewards: registered endpoints, probes, and jobs paused for missing rewards.
 store: the database, SQL only, one file for each noun.
-__main__: the commands serve, migrate, rotate-secrets, audit, backup and restore.
+__main__: the commands serve, migrate, rotate-secrets, audit, backup, restore and move-storage.
 """

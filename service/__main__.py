@@ -28,7 +28,7 @@ from dar.settings import Settings, load_settings
 from service import audit, keys, migrate
 from service.app import create_app, prepare
 from service.artifacts import Artifacts
-from service.backup import backup, restore
+from service.backup import backup, move, restore
 from service.backup.manifest import BackupManifest
 from service.http import connections, log
 from service.secret_box import SecretBox
@@ -90,12 +90,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     restore_parser = commands.add_parser("restore", help="restore a backup and stop")
     restore_parser.add_argument("folder", type=Path, help="folder of the backup")
+    move_parser = commands.add_parser("move-storage", help="copy all files elsewhere and stop")
+    move_parser.add_argument("target", help="folder or s3://bucket/prefix")
+    move_parser.add_argument("--quick", action="store_true", help="read no file there again")
     chosen = parser.parse_args(arguments)
     os.umask(PRIVATE)
     log.configure("info")
     try:
-        if chosen.command in {"backup", "restore"}:
-            return _back_up(chosen) if chosen.command == "backup" else _restore(chosen)
+        if chosen.command in BY_HAND:
+            return BY_HAND[chosen.command](chosen)
         if chosen.command == "migrate":
             return _migrate(load_settings())
         if chosen.command == "rotate-secrets":
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _audit(load_settings(), chosen)
         return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
-        if chosen.command in {"backup", "restore"}:
+        if chosen.command in BY_HAND:
             sys.stderr.write(f"dar: {error.message}\n")
             return 1
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
@@ -186,12 +189,39 @@ def _restore(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _move(chosen: argparse.Namespace) -> int:
+    """Print what was copied and what is to be done next. Returns 1 if a file was not copied."""
+    target = load_settings(storage_url=chosen.target)
+    done = move.move(load_settings(), open_storage(target), is_quick=chosen.quick)
+    for name, why in sorted(done.damaged.items()):
+        sys.stderr.write(f"dar: {name} is {why} in {done.source}, and was not copied\n")
+    how = "all verified" if not chosen.quick else "the copied ones verified"
+    sys.stdout.write(
+        f"{done.target} has {done.files:,} files, {done.bytes:,} bytes, of which {done.copied:,} files "
+        f"were copied now, {how}; {done.source} keeps its own\n"
+    )
+    if done.copied:
+        sys.stdout.write(
+            "Next: stop the service, and run this command again with --quick for what was stored "
+            "meanwhile\n"
+        )
+    else:
+        sys.stdout.write(
+            f"Next: start the service with DAR_STORAGE_URL={chosen.target}, if it did not run now\n"
+        )
+    return 1 if done.damaged.keys() - done.set_aside else 0
+
+
 def _say(manifest: BackupManifest, what: str) -> None:
     size = sum(file.bytes for file in manifest.files)
     sys.stdout.write(
         f"{what}: the state of {manifest.created_at}, {manifest.jobs} jobs, "
         f"{len(manifest.files)} files, {size:,} bytes, all verified\n"
     )
+
+
+BY_HAND = {"backup": _back_up, "restore": _restore, "move-storage": _move}
+"""Commands that say what went wrong in a sentence, and log nothing."""
 
 
 def _serve(settings: Settings) -> int:

@@ -30,6 +30,14 @@ app = typer.Typer(
 
 app.add_typer(reward_app)
 
+storage_app = typer.Typer(
+    name="storage",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Where uploaded files and checkpoints are kept.",
+)
+app.add_typer(storage_app)
+
 
 def _folder(text: str) -> Path:
     if not text.strip():
@@ -165,6 +173,26 @@ def restore(
     newest checkpoint in the backup.
     """
     arguments = ("service", "restore", str(folder.absolute()))
+    import_module("dar.processes").become("service", "alembic", *arguments, home=home)
+
+
+@storage_app.command("move")
+def move_storage(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Folder, or s3://bucket/prefix.")],
+    home: Home = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Trust the files that the target has, and read none again."),
+    ] = False,
+) -> None:
+    """Copy all uploaded files and checkpoints into another storage, and verify them there.
+
+    It needs the settings of the service, and for a bucket DAR_S3_…. The service may run. Stop it
+    then, run the command again with --quick, and start it with DAR_STORAGE_URL=TARGET. A command
+    that was interrupted is repeated, and goes on where it was. The old place keeps its files.
+    """
+    place = target if "://" in target else str(_folder(target).absolute())
+    arguments = ("service", "move-storage", place, *["--quick"] * quick)
     import_module("dar.processes").become("service", "alembic", *arguments, home=home)
 
 

@@ -72,6 +72,26 @@ def copy(settings: Settings, target: Path) -> Contents:
     return contents
 
 
+def contents(settings: Settings) -> Contents:
+    """What the database refers to now.
+
+    Raises:
+        ConfigurationError: There is no database, or it has another schema than this code.
+        ServiceUnavailableError: The database does not answer.
+    """
+    if kind_of(settings) == "sqlite":
+        _check_there(sqlite_path(settings))
+    database = Database(settings.sqlalchemy_url)
+    try:
+        database.wait(settings.database_wait_seconds)
+        with database.engine.connect() as connection:
+            if database.is_postgresql:
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            return _contents(connection)
+    finally:
+        database.close()
+
+
 def restore_postgresql(settings: Settings, copied: Path) -> None:
     """Load a copy of a PostgreSQL database into an empty one.
 
@@ -124,13 +144,17 @@ def sqlite_path(settings: Settings) -> Path:
     return Path(name)
 
 
-def _copy_sqlite(settings: Settings, target: Path) -> Contents:
-    source = sqlite_path(settings).resolve()
-    if not source.is_file():
+def _check_there(path: Path) -> None:
+    if not path.is_file():
         raise ConfigurationError(
-            f"{source.parent} has no database {source.name}; give the home of an installation with "
+            f"{path.parent} has no database {path.name}; give the home of an installation with "
             "--home or DAR_HOME"
         )
+
+
+def _copy_sqlite(settings: Settings, target: Path) -> Contents:
+    source = sqlite_path(settings).resolve()
+    _check_there(source)
     target.unlink(missing_ok=True)
     reader = sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=20)
     writer = sqlite3.connect(target)
@@ -154,8 +178,8 @@ def _contents(connection: Connection) -> Contents:
     found, needed = MigrationContext.configure(connection).get_current_revision(), migrate.head()
     if found != needed:
         raise ConfigurationError(
-            f"the database schema is at {found or 'nothing'}, this code needs {needed}; back it up "
-            "with the version that runs on it"
+            f"the database schema is at {found or 'nothing'}, this code needs {needed}; use the "
+            "version that runs on it"
         )
     artifacts: dict[str, tuple[int, str]] = {}
     uploads = select(FileRow.id, FileRow.bytes, FileRow.sha256)

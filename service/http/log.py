@@ -41,6 +41,7 @@ def configure(level: str) -> None:
         )
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     # httpx2 logs every URL, and the URL of a reward service may contain a token.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     root = logging.getLogger()

@@ -11,6 +11,7 @@ kills: rows in which workers and trainers are killed.
 instants: rows in which processes are killed at the instants that the code marks.
 freezes: rows in which workers are frozen beyond their lease, with the fence on and off.
 outages: rows in which the broker, the database, the service or the disk is away.
+buckets: rows in which the bucket of all files is away, full, slow or read-only.
 latencies: rows that measure how soon a cancelled or drained job leaves its slot.
 training: the row that trains, and compares weights bit by bit.
 histories: random orders of messages, compared with a model.

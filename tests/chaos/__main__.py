@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from chaos import (
+    buckets,
     freezes,
     histories,
     instants,
@@ -21,6 +22,7 @@ ROWS = [
     *instants.rows(),
     *freezes.rows(),
     *outages.rows(),
+    *buckets.rows(),
     *latencies.rows(),
     *training.rows(),
     *histories.rows(),

@@ -20,6 +20,7 @@ SLOTS = ("a", "b", "c")
 JOBS = 40
 STEPS = 60
 KILLS = 100
+BUCKET_KILLS = 200
 RECOVERIES = 40
 MOST_IN_A_ROW = 2
 """Kills of a job without a newer checkpoint; a third would make the job's own fault likely."""
@@ -35,9 +36,13 @@ class Kill:
     attempt: Running
 
 
-def kill_at_random(dialect: Dialect, *, most: int = KILLS, jobs: int = JOBS) -> Result:
+def kill_at_random(
+    dialect: Dialect, *, most: int = KILLS, jobs: int = JOBS, has_bucket: bool = False
+) -> Result:
     """Kill workers and trainers while jobs run."""
-    with stack(has_broker=True, dialect=dialect, slots=SLOTS) as installation:
+    with stack(
+        has_broker=True, dialect=dialect, slots=SLOTS, has_bucket=has_bucket
+    ) as installation:
         for number in range(jobs):
             installation.submit(number, steps=STEPS, every=4, seconds=0.05)
         kills = _kill(installation, most, seconds=900)
@@ -144,6 +149,15 @@ def rows() -> list[Row]:
         )
         for dialect in DIALECTS
     ]
+    made.append(
+        Row(
+            "kills-s3",
+            f"{BUCKET_KILLS} kills of workers and trainers over {2 * JOBS} jobs, sqlite, files in a "
+            "bucket",
+            promise,
+            partial(kill_at_random, "sqlite", most=BUCKET_KILLS, jobs=2 * JOBS, has_bucket=True),
+        )
+    )
     made.append(
         Row(
             "recovery",

@@ -19,10 +19,15 @@ import httpx2
 import psutil
 
 from dar.settings import environment
+from fakes.cutting_proxy import CuttingProxy
 from fakes.postgres import Postgres
 from fakes.scripted_installation import FAST, Valkey, free_port
+from fakes.seaweed import BUCKET, REGION, SeaweedFS
+from fakes.seaweed import SERVICE as SERVICE_IDENTITY
 from service.artifacts import Artifacts
 from service.storage.folder import FolderStorage
+from service.storage.s3 import S3Storage
+from service.storage.signing import Bucket
 from service.store.database import Database
 
 Dialect = Literal["sqlite", "postgresql"]
@@ -59,6 +64,9 @@ class Stack:
         replicas: Number of services.
         slots: Names of the workers' slots.
         has_broker: Whether a Valkey wakes the workers.
+        has_bucket: Whether files are kept in a bucket, which services and workers reach through
+            `network`.
+        volumes: The most volumes that the bucket's server makes; 0: as many as the disk allows.
         has_faults: Whether `faults` may arm instants of `dar.fault_points`.
         service: How a service is started.
         **settings: Settings of all processes that differ from `FAST`.
@@ -72,6 +80,8 @@ class Stack:
         replicas: int = 1,
         slots: Sequence[str] = (),
         has_broker: bool = False,
+        has_bucket: bool = False,
+        volumes: int = 0,
         has_faults: bool = False,
         service: Sequence[str] = SERVICE,
         **settings: object,
@@ -88,6 +98,11 @@ class Stack:
         self._watch = threading.Thread(target=self._restart_the_dead, name="watch")
         self.valkey = Valkey(folder) if has_broker else None
         self.postgres: Postgres | None = None
+        self.seaweed: SeaweedFS | None = None
+        self.network: CuttingProxy | None = None
+        if has_bucket:
+            self.seaweed = SeaweedFS(folder / "seaweed", volumes=volumes, volume_megabytes=8)
+            self.network = CuttingProxy(self.seaweed.port)
 
     # --- start and end
 
@@ -97,6 +112,8 @@ class Stack:
         (self.home / "models" / "tiny" / "config.json").write_text("{}")
         if self.valkey is not None:
             self.valkey.start()
+        if self.seaweed is not None:
+            self.seaweed.start()
         if self.dialect == "postgresql":
             self._postgres_folder = Path(tempfile.mkdtemp(prefix="dar-chaos-"))
             self._postgres_folder.chmod(0o755)
@@ -104,7 +121,7 @@ class Stack:
             self.postgres.wait()
             self._settings["database_url"] = self.postgres.url(self.postgres.create())
         for replica, port in enumerate(self.ports):
-            self.want(f"service-{replica}", self._service_command(port))
+            self.want(f"service-{replica}", self._service_command(port), **self._bucket_settings)
             until((self.home / "api_key").exists, 60, "the keys")
         self._watch.start()
         for replica in range(len(self.ports)):
@@ -128,9 +145,26 @@ class Stack:
             self.database.close()
         if self.valkey is not None:
             self.valkey.stop()
+        if self.seaweed is not None:
+            self.seaweed.kill()
+        if self.network is not None:
+            self.network.close()
         if self.postgres is not None:
             self.postgres.stop()
             shutil.rmtree(self._postgres_folder, ignore_errors=True)
+
+    @property
+    def _bucket_settings(self) -> dict[str, object]:
+        """Settings of services alone: nobody else has the keys of the bucket."""
+        if self.network is None:
+            return {}
+        return {
+            "storage_url": f"s3://{BUCKET}/chaos",
+            "s3_endpoint": self.network.url,
+            "s3_region": REGION,
+            "s3_access_key_id": SERVICE_IDENTITY.access_key,
+            "s3_secret_access_key": SERVICE_IDENTITY.secret_key,
+        }
 
     def _service_command(self, port: int) -> Sequence[str]:
         return [*self._service, "serve", "--port", str(port)]
@@ -232,9 +266,15 @@ class Stack:
             return Database(f"sqlite:///{self.home / 'dar.db'}")
         return Database(str(self._settings["database_url"]))
 
-    @property
+    @cached_property
     def artifacts(self) -> Artifacts:
-        return Artifacts(FolderStorage(self.home / "artifacts"))
+        """The files, past the network of services and workers."""
+        if self.seaweed is None:
+            return Artifacts(FolderStorage(self.home / "artifacts"))
+        keys = (SERVICE_IDENTITY.access_key, SERVICE_IDENTITY.secret_key)
+        return Artifacts(
+            S3Storage(Bucket(BUCKET, "chaos", REGION, self.seaweed.endpoint, None, *keys))
+        )
 
     def api(self, method: str, path: str, replica: int = 0, **options: Any) -> Any:
         """One call that must succeed; a service that is away or busy is called again."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from chaos.buckets import OUTAGES, Outage, unusable_bucket
 from chaos.freezes import freeze_at_random
 from chaos.instants import strike_instants
 from chaos.kills import kill_at_random
@@ -31,6 +32,15 @@ def test_killed_services_lose_and_double_no_submission(dialect: Dialect, *, has_
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_jobs_survive_kills_of_workers_and_trainers(dialect: Dialect) -> None:
     assert_holds(kill_at_random(dialect, most=6, jobs=5))
+
+
+def test_jobs_survive_kills_with_their_files_in_a_bucket() -> None:
+    assert_holds(kill_at_random("sqlite", most=6, jobs=5, has_bucket=True))
+
+
+@pytest.mark.parametrize("what", OUTAGES)
+def test_a_bucket_that_is_unusable_stops_no_training_and_loses_nothing(what: Outage) -> None:
+    assert_holds(unusable_bucket(what))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -124,6 +124,11 @@ def test_a_restored_backup_is_the_installation_as_it_was(
     weights = installed.checkpoint(2) / "model.safetensors"
     place = taken / "artifacts" / weights.relative_to(installed.settings.artifacts_path)
     assert place.samefile(weights) is not is_copying
+    assert set(databases.contents(installed.settings).artifacts) == {
+        path.relative_to(taken / "artifacts").as_posix()
+        for path in (taken / "artifacts").rglob("*")
+        if path.is_file()
+    }
     later = installed.world.submit()
     installed.supersede(4)
     settings = installed.restore(taken)
