@@ -8,7 +8,7 @@ import platform
 import re
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import SplitResult, parse_qs, quote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
@@ -27,6 +27,7 @@ BROKER_OPTIONS = frozenset(
     f"ssl_{name}" for name in ("cert_reqs", "ca_certs", "certfile", "keyfile", "check_hostname")
 )
 """Parts of a broker's query that both of its clients know."""
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 CERTIFICATE_CHECKS = frozenset({"none", "optional", "required"})
 
 
@@ -101,6 +102,32 @@ def _folder(path: Path) -> Path:
         return path.expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{path.parts[0]} is the home of no user; give a whole path") from None
+
+
+def _storage_url(value: object) -> object:
+    """``s3://bucket/prefix``, or a folder as a path or as ``file://…``."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("is empty; give a folder or s3://bucket/prefix, or unset it")
+    parts = urlsplit(value)
+    if parts.scheme == "s3":
+        if not _BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
+            raise ValueError(
+                "must be s3://bucket/prefix, with a bucket's name of 3 to 63 letters, digits, dots "
+                "and hyphens, and without keys; give those in DAR_S3_ACCESS_KEY_ID and "
+                "DAR_S3_SECRET_ACCESS_KEY"
+            )
+        return value.rstrip("/")
+    if "://" in value and (parts.scheme != "file" or parts.netloc or not parts.path):
+        raise ValueError("must be s3://bucket/prefix, or a folder like /srv/dar or file:///srv/dar")
+    return str(_folder(Path(unquote(parts.path) if parts.scheme == "file" else value)))
+
+
+def _web_url(value: str) -> str:
+    """The URL of a host, without a slash at its end."""
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+        raise ValueError("must be a URL like https://s3.example.com, without a user name")
+    return value.rstrip("/")
 
 
 def _cache_folder(value: object) -> object:
@@ -221,6 +248,8 @@ Bytes = Annotated[int, Field(gt=0)]
 Days = Annotated[float, Field(ge=0, le=36500, allow_inf_nan=False)]
 Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]
 CacheFolder = Annotated[Path, BeforeValidator(_cache_folder), AfterValidator(_folder)]
+StorageURL = Annotated[str, BeforeValidator(_storage_url)]
+WebURL = Annotated[str, AfterValidator(_web_url)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Host = Annotated[str, AfterValidator(_host)]
 Devices = Annotated[str | None, AfterValidator(_devices)]

@@ -34,6 +34,8 @@ from dar.setting_kinds import (
     Ports,
     Seconds,
     Secret,
+    StorageURL,
+    WebURL,
     own_node,
     reachable_url,
 )
@@ -150,7 +152,45 @@ class Settings(BaseSettings):
     """Folder of base models that a job may name; default: ``$DAR_HOME/models``."""
 
     artifacts_dir: Folder | None = None
-    """Folder of uploaded files and checkpoints; default: ``$DAR_HOME/artifacts``."""
+    """Folder of uploaded files and checkpoints, unless ``DAR_STORAGE_URL`` names another place;
+    default: ``$DAR_HOME/artifacts``."""
+
+    storage_url: StorageURL | None = None
+    """Where uploaded files and checkpoints are kept: ``s3://bucket/prefix``, or a folder; default:
+    ``DAR_ARTIFACTS_DIR``. Folder for one host, bucket for several."""
+
+    s3_endpoint: WebURL | None = Field(
+        default=None,
+        validation_alias=AliasChoices("DAR_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    )
+    """URL of the S3 store, like ``https://s3.example.com``; without ``DAR_S3_ENDPOINT`` it is that
+    in ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``, and without all of them AWS."""
+
+    s3_public_endpoint: WebURL | None = None
+    """URL of the S3 store for workers and users, who get signed URLs of it; default:
+    ``DAR_S3_ENDPOINT``."""
+
+    s3_region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = Field(
+        default="us-east-1",
+        validation_alias=AliasChoices("DAR_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    )
+    """Region of the bucket; without ``DAR_S3_REGION`` it is that in ``AWS_REGION`` or
+    ``AWS_DEFAULT_REGION``."""
+
+    s3_access_key_id: Secret = None
+    """Id of the key to the bucket; default: what AWS's libraries find, in ``AWS_ACCESS_KEY_ID``, in
+    the file that ``AWS_SHARED_CREDENTIALS_FILE`` names, or from the machine's role."""
+
+    s3_secret_access_key: Secret = None
+    """Secret of the key to the bucket; default: as for ``DAR_S3_ACCESS_KEY_ID``."""
+
+    downloads: Literal["redirect", "stream"] = "redirect"
+    """How users get files out of a bucket: redirect sends them to a signed URL of the store, stream
+    passes the bytes through the service."""
+
+    transfers: Literal["direct", "stream"] = "direct"
+    """How workers send and fetch files of a bucket: direct by signed URLs of the store, stream
+    through the service. Needed where workers cannot reach the store."""
 
     hub_models: Names = ("*/*",)
     """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""
@@ -355,6 +395,8 @@ class Settings(BaseSettings):
 
     @property
     def artifacts_path(self) -> Path:
+        if self.storage_url is not None and not self.storage_url.startswith("s3://"):
+            return Path(self.storage_url)
         return self.artifacts_dir or self.home / "artifacts"
 
     @property

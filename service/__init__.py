@@ -4,7 +4,8 @@ app: the application, and what starts and stops with it.
 openapi: the OpenAPI document.
 runtime: what the routes and threads of a process share.
 installation: settings, database and keys.
-artifacts: files of uploads and checkpoints on disk.
+artifacts: files of uploads and checkpoints, by their keys.
+storage: where these files are kept: a folder, or a bucket.
 secret_box: encrypts the secrets of reward endpoints.
 keys: makes and configures API keys, worker keys and secrets.
 migrate: upgrades the database schema.

@@ -32,6 +32,7 @@ from service.backup import backup, restore
 from service.backup.manifest import BackupManifest
 from service.http import connections, log
 from service.secret_box import SecretBox
+from service.storage.opening import open_storage
 from service.store import reward_secrets
 from service.store.database import Database
 
@@ -140,7 +141,7 @@ def _audit(settings: Settings, chosen: argparse.Namespace) -> int:
         database.wait(settings.database_wait_seconds)
         migrate.check_current(database)
         acknowledged = audit.read_acknowledged(chosen.acknowledged) if chosen.acknowledged else ()
-        artifacts = Artifacts(settings.artifacts_path)
+        artifacts = Artifacts(open_storage(settings))
         report = audit.audit(database, artifacts, acknowledged, is_hashing=not chosen.quick)
         database.close()
         lines = audit.lines(report)

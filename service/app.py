@@ -50,6 +50,7 @@ from service.openapi import describe
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
 from service.secret_box import SecretBox
+from service.storage.opening import open_storage
 from service.store import jobs as jobs_store
 from service.store import metrics as metrics_store
 from service.store import workers as workers_store
@@ -166,8 +167,8 @@ def prepare(settings: Settings) -> Runtime:
     """
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
-    artifacts = Artifacts(settings.artifacts_path, settings.min_free_bytes)
-    artifacts.prepare()
+    artifacts = Artifacts(open_storage(settings), settings.min_free_bytes)
+    artifacts.storage.prepare()
     broker = settings.broker_url
 
     def count_jobs() -> Mapping[str, int]:

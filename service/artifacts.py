@@ -1,50 +1,29 @@
-"""Files of the installation: uploads and checkpoints in one folder.
+"""Files of the installation: uploads and checkpoints in a storage.
 
-Paths in it are made of ids and of checked manifest entries, never of a name from a request.
+Keys are made of ids and of checked manifest entries, never of a name from a request.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from dar.disk import OTHER_FOLDER_HINT, make_folder, sync
-from dar.errors import ConflictError, ServiceUnavailableError
-from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
+from dar.protocol.checkpoints import Manifest, ManifestFile
+from service.storage.storage import Storage, Upload, is_old, storage_full
 
-CHUNK_BYTES = 1024**2
 FREE_FACTOR = 2
 """Leaves room for concurrent uploads, each of which checks only its own size."""
-FULL_RETRY_SECONDS = 10.0
-"""When a client should try again after the store had no room."""
-LEFTOVER_SECONDS = 24 * 3600
-"""Age from which a file is abandoned. Another process may still be writing a newer one."""
+FILES = "files/"
+CHECKPOINTS = "checkpoints/"
 
-_CHECKPOINT = re.compile(r"(?P<job>[^/]+)/attempt-(?P<attempt>\d+)/(?:\.tmp-)?step-(?P<step>\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A checkpoint that is being uploaded."""
-
-    staging: Path
-    final: Path
-    manifest: Manifest
-    manifest_sha256: str
-
-    @property
-    def names(self) -> Mapping[str, int | None]:
-        """Expected size of each file; None for the manifest, whose size is not known beforehand."""
-        sizes: dict[str, int | None] = {file.name: file.bytes for file in self.manifest.files}
-        return sizes | {MANIFEST_NAME: None}
+_CHECKPOINT = re.compile(
+    r"checkpoints/(?P<job>[^/]+)/attempt-(?P<attempt>\d+)/(?:\.tmp-)?step-(?P<step>\d+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,94 +41,22 @@ class Room:
 
 
 class Artifacts:
-    """The folder of uploads and checkpoints.
+    """Uploads and checkpoints.
 
     Args:
-        root: Its path; made if it does not exist.
+        storage: Where they are kept.
         min_free_bytes: Bytes of its volume that uploads leave free, because the database may be
             on it too.
     """
 
-    def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, min_free_bytes: int = 0) -> None:
+        self.storage = storage
         self.min_free_bytes = min_free_bytes
 
-    def prepare(self) -> None:
-        """Make the folders and remove what interrupted uploads left.
-
-        Raises:
-            ConfigurationError: A folder cannot be made, or not be written to.
-        """
-        for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
-            make_folder(folder, f"{OTHER_FOLDER_HINT} DAR_ARTIFACTS_DIR or DAR_HOME")
-        for leftover in _old(self._files / "tmp"):
-            leftover.unlink(missing_ok=True)
-
-    def room(self) -> Room:
-        """Room on its volume."""
-        usage = shutil.disk_usage(self.root)
-        return Room(usage.free, usage.total, self.min_free_bytes)
-
-    def check(self) -> str:
-        """``ok``, or the reason why nothing can be written."""
-        probe = self.root / f".probe-{os.getpid()}"
-        try:
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            return f"not writable: {error}"
-        return "ok"
-
-    # --- uploaded files ---
-
-    @property
-    def _files(self) -> Path:
-        return self.root / "files"
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    def file(self, file_id: str) -> Path:
-        return self._files / file_id
-
-    def new_file(self, file_id: str) -> Path:
-        """Path of an upload until it is complete."""
-        return self._files / "tmp" / file_id
-
-    def keep_file(self, file_id: str) -> None:
-        """Move a complete upload to its final path, durably."""
-        self.new_file(file_id).rename(self.file(file_id))
-        sync(self._files)
-
-    def old_files(self) -> list[str]:
-        """Ids of files that are older than any upload still in progress."""
-        return [path.name for path in _old(self._files)]
-
-    # --- checkpoints ---
-
-    def check_mounted(self) -> None:
-        """Check that the folder of all checkpoints is there, so that a missing file is damage.
-
-        Raises:
-            ServiceUnavailableError: It is not, as on a volume that is not mounted.
-        """
-        if not self._checkpoints.is_dir():
-            raise ServiceUnavailableError(
-                f"the artifact store has no folder {self._checkpoints.name!r}; its operator must "
-                "mount the volume again",
-                code="storage_unavailable",
-                retry_after_seconds=30,
-            )
-
-    def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
-        """Folder of a checkpoint; one for each attempt, so that a late one overwrites nothing."""
-        return self._checkpoints / job_id / f"attempt-{attempt}" / f"step-{step}"
-
-    def upload(self, job_id: str, attempt: int, manifest: Manifest, manifest_sha256: str) -> Upload:
-        final = self.checkpoint(job_id, attempt, manifest.step)
-        staging = final.with_name(f".tmp-{final.name}")
-        return Upload(staging, final, manifest, manifest_sha256)
+    def room(self) -> Room | None:
+        """Room on its volume; None: it is in no volume."""
+        space = self.storage.space()
+        return None if space is None else Room(space.free, space.total, self.min_free_bytes)
 
     def reserve(self, size: int, what: str) -> None:
         """Check that the volume has room for ``size`` more bytes, before they are sent.
@@ -173,203 +80,136 @@ class Artifacts:
         self._need(size + self.min_free_bytes, size, what)
 
     def _need(self, needed: int, size: int, what: str) -> None:
-        free = self.room().free
-        if size > 0 and free < needed:
+        space = self.storage.space()
+        if space is not None and size > 0 and space.free < needed:
             raise storage_full(
                 f"{what} has {size:,} more bytes, for which {needed:,} must be free, but "
-                f"{free:,} are"
+                f"{space.free:,} are"
             )
 
+    # --- uploaded files ---
+
+    def file(self, file_id: str) -> str:
+        """Key of an uploaded file."""
+        return f"{FILES}{file_id}"
+
+    def new_file(self, file_id: str) -> AbstractContextManager[Path]:
+        """Path of an upload until it is complete."""
+        return self.storage.scratch(file_id)
+
+    def keep_file(self, file_id: str, path: Path) -> None:
+        """Store a complete upload, durably."""
+        self.storage.put_file(self.file(file_id), path)
+
+    def open_file(self, file_id: str | None) -> BinaryIO | None:
+        """A complete upload, to be read; None: there is none."""
+        if not file_id:
+            return None
+        try:
+            return self.storage.open(self.file(file_id))
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    def remove_file(self, file_id: str) -> None:
+        self.storage.remove(self.file(file_id))
+
+    def old_files(self) -> list[str]:
+        """Ids of files that are older than any upload still in progress."""
+        found = ((one.key.removeprefix(FILES), one) for one in self.storage.entries(FILES))
+        return [name for name, entry in found if "/" not in name and entry.is_old]
+
+    # --- checkpoints ---
+
+    def checkpoint(self, job_id: str, attempt: int, step: int) -> str:
+        """Key of a checkpoint's folder; one for each attempt, so that none overwrites another."""
+        return f"{CHECKPOINTS}{job_id}/attempt-{attempt}/step-{step}"
+
+    def _staging(self, job_id: str, attempt: int, step: int) -> str:
+        return f"{CHECKPOINTS}{job_id}/attempt-{attempt}/.tmp-step-{step}"
+
+    def upload(self, job_id: str, attempt: int, manifest: Manifest, manifest_sha256: str) -> Upload:
+        place = (job_id, attempt, manifest.step)
+        return Upload(self._staging(*place), self.checkpoint(*place), manifest, manifest_sha256)
+
     def remove_job(self, job_id: str) -> None:
-        """Remove all files of a job."""
-        shutil.rmtree(self._checkpoints / job_id, ignore_errors=True)
+        """Remove all files of a job, as far as they can be removed."""
+        with contextlib.suppress(OSError):
+            self.storage.remove_all(f"{CHECKPOINTS}{job_id}/")
 
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
         """Remove the files of a checkpoint, received in whole or in part. Idempotent.
 
         Raises:
             OSError: Some of them are left; call it again.
+            ServiceUnavailableError: The storage does not answer; call it again.
         """
-        final = self.checkpoint(job_id, attempt, step)
-        for folder in (final, final.with_name(f".tmp-{final.name}")):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+        for key in (self.checkpoint(job_id, attempt, step), self._staging(job_id, attempt, step)):
+            self.storage.remove_all(f"{key}/")
 
     def old_checkpoints(self) -> Iterator[tuple[str, int, int]]:
         """Job, attempt and step of each folder that nothing has been written to for a day."""
-        for path in self._checkpoints.glob("*/attempt-*/*step-*"):
-            match = _CHECKPOINT.fullmatch(path.relative_to(self._checkpoints).as_posix())
-            with contextlib.suppress(FileNotFoundError):  # another process has removed it
-                if match is not None and _is_old(path.stat()):
-                    yield match["job"], int(match["attempt"]), int(match["step"])
+        for key, changed_at in self.storage.folders(CHECKPOINTS, depth=3):
+            match = _CHECKPOINT.fullmatch(key)
+            if match is not None and is_old(changed_at):
+                yield match["job"], int(match["attempt"]), int(match["step"])
 
+    def damage_of(
+        self,
+        folder: str,
+        files: Iterable[ManifestFile],
+        *,
+        take: Callable[[int], None] | None = None,
+    ) -> str | None:
+        """What is wrong with a stored checkpoint, as a part of a sentence; None: nothing.
 
-def storage_full(why: str) -> ServiceUnavailableError:
-    """The error about a store without room."""
-    return ServiceUnavailableError(
-        f"the artifact store is full: {why}. The upload goes on once the service's operator has "
-        "made room",
-        code="storage_full",
-        retry_after_seconds=FULL_RETRY_SECONDS,
-    )
+        Hidden entries, as file systems make them, are ignored.
 
+        Args:
+            folder: Key of the checkpoint.
+            files: All files that it must have.
+            take: Called with the number of bytes after each part that was read; it may pause or
+                raise. None: only names and sizes are compared, and nothing is read.
 
-def damage_of(
-    folder: Path,
-    files: Iterable[ManifestFile],
-    *,
-    take: Callable[[int], None] | None = None,
-) -> str | None:
-    """What is wrong with a stored checkpoint, as a part of a sentence; None: nothing.
-
-    Hidden entries, as file systems make them, are ignored.
-
-    Args:
-        folder: The checkpoint.
-        files: All files that it must have.
-        take: Called with the number of bytes after each part that was read; it may pause or raise.
-            None: only names and sizes are compared, and nothing is read.
-
-    Raises:
-        OSError: The folder cannot be examined, which says nothing about its files.
-    """
-    expected = {file.name: file for file in files}
-    sizes = dict(_sizes(folder))
-    for name in sorted(expected.keys() - sizes.keys()):
-        return f"{name} is missing"
-    for name in sorted(sizes.keys() - expected.keys()):
-        return f"{name} does not belong to it"
-    for name, file in expected.items():
-        if sizes[name] != file.bytes:
-            return f"{name} has {sizes[name]:,} of {file.bytes:,} bytes"
-    if take is None:
+        Raises:
+            OSError: The folder cannot be examined, which says nothing about its files.
+            ServiceUnavailableError: The storage does not answer, which says nothing either.
+        """
+        expected = {file.name: file for file in files}
+        sizes = dict(self._sizes(f"{folder}/"))
+        for name in sorted(expected.keys() - sizes.keys()):
+            return f"{name} is missing"
+        for name in sorted(sizes.keys() - expected.keys()):
+            return f"{name} does not belong to it"
+        for name, file in expected.items():
+            if sizes[name] != file.bytes:
+                return f"{name} has {sizes[name]:,} of {file.bytes:,} bytes"
+        if take is None:
+            return None
+        for name, file in expected.items():
+            found = self.damage_of_content(f"{folder}/{name}", name, file.sha256, take)
+            if found is not None:
+                return found
         return None
-    for name, file in expected.items():
-        if (found := _damage_of_content(folder / name, file, take)) is not None:
-            return found
-    return None
 
+    def _sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        for entry in self.storage.entries(folder):
+            name = entry.key.removeprefix(folder)
+            if not name.rpartition("/")[2].startswith("."):
+                yield name, entry.bytes
 
-def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and not path.is_symlink() and not name.name.startswith("."):
-            yield name.as_posix(), path.stat().st_size
-
-
-def _damage_of_content(path: Path, file: ManifestFile, take: Callable[[int], None]) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as content:
-            while part := content.read(CHUNK_BYTES):
+    def damage_of_content(
+        self, key: str, name: str, sha256: str, take: Callable[[int], None]
+    ) -> str | None:
+        """What is wrong with a file's content; see `damage_of`."""
+        digest = hashlib.sha256()
+        try:
+            for part in self.storage.read(key):
                 digest.update(part)
                 take(len(part))
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return f"{file.name} cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == file.sha256 else f"{file.name} was altered"
-
-
-def received(upload: Upload) -> dict[str, int]:
-    """Bytes received of each file of an upload."""
-    folder = upload.final if upload.final.is_dir() else upload.staging
-    sizes = {}
-    for name in upload.names:
-        path = folder / name
-        sizes[name] = path.stat().st_size if path.is_file() else 0
-    return sizes
-
-
-def open_part(upload: Upload, name: str, offset: int) -> BinaryIO:
-    """Open a file of an upload to append at ``offset``, and lock it.
-
-    Raises:
-        ConflictError: Another request is writing it (``upload_busy``), or its size is not
-            ``offset`` (``offset_mismatch``).
-    """
-    path = upload.staging / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConflictError(f"another request is writing {name!r}", code="upload_busy") from None
-    size = path.stat().st_size
-    if offset == 0 and size > 0:
-        file.truncate(0)
-    elif size != offset:
-        file.close()
-        raise ConflictError(
-            f"{size} bytes of {name!r} were received, not {offset}; continue from {size}",
-            code="offset_mismatch",
-        )
-    return file
-
-
-def verify(upload: Upload) -> int:
-    """Check the digests of an upload and move it to its final path, durably. Idempotent.
-
-    Returns:
-        Size of the manifest in bytes.
-
-    Raises:
-        ConflictError: A file is incomplete (``upload_incomplete``) or altered
-            (``checksum_mismatch``).
-    """
-    folder = upload.final if upload.final.is_dir() else upload.staging
-    manifest_bytes = _verify_manifest(upload, folder)
-    for file in upload.manifest.files:
-        _verify_file(folder / file.name, file.name, file.bytes, file.sha256)
-    if folder is upload.staging:
-        for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            sync(inner)
-        folder.rename(upload.final)
-    # The folders of the attempt and the job may be new too, each an entry of its parent folder.
-    for outer in upload.final.parents[:3]:
-        sync(outer)
-    return manifest_bytes
-
-
-def _verify_manifest(upload: Upload, folder: Path) -> int:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        # A worker need not upload the manifest that it announced; trainers write it in this form.
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(upload.manifest.model_dump_json(indent=1).encode())  # synced below
-    size = path.stat().st_size
-    _verify_file(path, MANIFEST_NAME, size, upload.manifest_sha256)
-    return size
-
-
-def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
-    here = path.stat().st_size if path.is_file() else 0
-    if here != size or not path.is_file():
-        raise ConflictError(
-            f"{here} of {size} bytes of {name!r} were received; send the rest first",
-            code="upload_incomplete",
-        )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    if found != sha256:
-        path.unlink()
-        raise ConflictError(
-            f"{name!r} arrived with sha256 {found}, but the manifest says {sha256}; send it again "
-            "from the start",
-            code="checksum_mismatch",
-        )
-
-
-def _old(folder: Path) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            if entry.is_file() and _is_old(entry.stat()):
-                yield Path(entry.path)
-
-
-def _is_old(status: os.stat_result) -> bool:
-    return status.st_mtime < datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return f"{name} cannot be read: {error.strerror}"
+        return None if digest.hexdigest() == sha256 else f"{name} was altered"

@@ -15,7 +15,7 @@ from sqlalchemy import func, select, text
 
 from dar.errors import ConfigurationError
 from dar.protocol.status import TERMINAL
-from service.artifacts import Artifacts, damage_of
+from service.artifacts import Artifacts
 from service.store import checkpoints
 from service.store.database import Database, Transaction
 from service.store.tables import (
@@ -292,7 +292,7 @@ def _wrong_file(artifacts: Artifacts, row: CheckpointRow, *, is_hashing: bool) -
     """What is wrong with the files of a checkpoint; None if all is as its manifest says."""
     folder = artifacts.checkpoint(row.job_id, row.attempt, row.step)
     take = (lambda _size: None) if is_hashing else None
-    return damage_of(folder, checkpoints.files_of(row), take=take)
+    return artifacts.damage_of(folder, checkpoints.files_of(row), take=take)
 
 
 def _check_orphans(database: Database, artifacts: Artifacts) -> Iterator[Finding]:
@@ -302,5 +302,5 @@ def _check_orphans(database: Database, artifacts: Artifacts) -> Iterator[Finding
         with database.read() as transaction:
             is_known = folder in checkpoints.with_files(transaction, [job_id])
         if not is_known:
-            path = artifacts.checkpoint(job_id, attempt, step)
-            yield Finding("checkpoints", f"{path} belongs to no checkpoint", job_id)
+            place = f"{artifacts.storage.where}/{artifacts.checkpoint(job_id, attempt, step)}"
+            yield Finding("checkpoints", f"{place} belongs to no checkpoint", job_id)

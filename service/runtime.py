@@ -13,6 +13,7 @@ from service.background.notifier import Notifier
 from service.background.waker import Waker
 from service.http.rate_limits import FailureThrottle, PassedProbes, Throttle
 from service.installation import Installation
+from service.storage.storage import DirectTransfers
 from service.telemetry import Telemetry
 
 UPLOAD_CHECKS = 2
@@ -41,6 +42,12 @@ class Runtime(Installation):
     callback_failures: FailureThrottle = field(default_factory=FailureThrottle)
     """Callbacks with wrong credentials, by address."""
     readiness: BoundedChecks = field(default_factory=BoundedChecks)
+
+    @property
+    def user_transfers(self) -> DirectTransfers | None:
+        """Signs the URLs that users' downloads are redirected to; None: bytes pass through here."""
+        is_redirecting = self.settings.downloads == "redirect"
+        return self.artifacts.storage.signed_downloads if is_redirecting else None
 
 
 async def current(request: Request) -> Runtime:

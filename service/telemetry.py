@@ -79,7 +79,7 @@ class Telemetry(Collector):
         count_jobs: Called at each scrape; returns the number of jobs by status.
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
         count_workers: Called at each scrape; returns the workers in numbers, and failures by owner.
-        room: Called at each scrape; returns the room of the artifact store.
+        room: Called at each scrape; returns the room of the artifact store; None: it has no volume.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Telemetry(Collector):
         count_jobs: Counts,
         running_values: RunningValues,
         count_workers: CountWorkers,
-        room: Callable[[], Room],
+        room: Callable[[], Room | None],
     ) -> None:
         self._count_jobs = count_jobs
         self._count_workers = count_workers
@@ -208,6 +208,8 @@ class Telemetry(Collector):
 
     def _storage(self) -> Iterator[Metric]:
         room = self._room()
+        if room is None:
+            return
         for name, text, value in (
             ("free", "Free bytes on the volume of the artifact store.", room.free),
             ("total", "Size of the volume of the artifact store in bytes.", room.total),

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
@@ -21,9 +22,23 @@ from dar.settings import load_settings
 from fakes.smollm2 import smollm2_folder
 from service.store import database
 
-LONGEST_FIRST = ("e2e", "docker", "parallel", "worker", "store", "demo", "project", "cli", "client")
+if TYPE_CHECKING:
+    from fakes.seaweed import SeaweedFS
+
+LONGEST_FIRST = (
+    "e2e",
+    "docker",
+    "parallel",
+    "worker",
+    "store",
+    "demo",
+    "storage",
+    "project",
+    "cli",
+    "client",
+)
 """Slow folders, slowest first: their tests start before all others."""
-TOGETHER = ("e2e", "worker", "store", "client", "project")
+TOGETHER = ("e2e", "worker", "store", "storage", "client", "project")
 """Folders whose tests share something expensive: an installation, a database, a parsed tree."""
 COMPUTING = ("training", "continuity")
 """Folders whose tests compute. Those of the others wait for sockets and processes."""
@@ -173,6 +188,17 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     """A folder that all test processes of this run share, for expensive files."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SeaweedFS"]:
+    """A real S3 server of this test process; each test has a prefix of its bucket."""
+    from fakes.seaweed import SeaweedFS  # noqa: PLC0415 - importing botocore takes a third of a second
+
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweed"))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

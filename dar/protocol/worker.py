@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from dar.protocol.base import Count, Input, Instant, Number, Output
-from dar.protocol.checkpoints import SHA256, Manifest
+from dar.protocol.checkpoints import SHA256, FileName, Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import MAX_FAILURES, ComponentRequests, FailedRequest
 from dar.protocol.rewards import MAX_SAMPLES, Identifier
@@ -141,6 +141,8 @@ class InputFile(Output):
     ``reward_models/<component>/<file>`` or ``resume/<file>``."""
     bytes: int
     sha256: str
+    url: str | None = None
+    """Where the store answers with the content, for a limited time; null: the service sends it."""
 
 
 class Inputs(Output):
@@ -411,6 +413,34 @@ class CheckpointUpload(Output):
     status: Literal["pending", "available"]
     received: dict[str, int]
     """Bytes received of each file; an upload continues from there."""
+    part_bytes: int | None = None
+    """Size of the parts in which the files, except the manifest, may be sent directly to the store;
+    null: they are sent to the service."""
+
+
+class CheckpointParts(AttemptOf):
+    """Asks for the requests with which a checkpoint's files are sent directly to the store."""
+
+    files: dict[FileName, Annotated[list[SHA256], Field(min_length=1, max_length=10_000)]]
+    """SHA-256 of each part, by file."""
+
+
+class DirectPart(Output):
+    """A PUT request with which a worker sends a part of a file to the store."""
+
+    name: str
+    offset: int
+    bytes: int
+    url: str
+    """Valid for a limited time. It is a secret."""
+    headers: dict[str, str]
+    """Must be sent as they are."""
+
+
+class DirectParts(Output):
+    """Requests for the next parts of a checkpoint. When none is left, the files are complete."""
+
+    parts: list[DirectPart]
 
 
 class Complete(AttemptOf):

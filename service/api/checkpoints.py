@@ -9,7 +9,6 @@ from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 from dar.protocol.metrics import current_values
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.artifacts import damage_of
 from service.http import downloads, errors
 from service.http.auth import Reader, Submitter, User
 from service.runtime import CurrentRuntime, Runtime
@@ -82,14 +81,18 @@ def get_checkpoint_file(
         checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
     folder = runtime.artifacts.checkpoint(job.id, checkpoint.attempt, checkpoint.step)
     files = checkpoints.files_of(checkpoint)
-    if (damage := damage_of(folder, files)) is not None:
+    if (damage := runtime.artifacts.damage_of(folder, files)) is not None:
         raise set_aside(runtime, checkpoint, damage)
     for file in files:
         # Only files in the manifest are opened: the name is compared, never joined to a path.
         if file.name == name:
-            filename = name.rsplit("/", 1)[-1]
+            content = downloads.Content(file.bytes, file.sha256, name.rpartition("/")[2])
             return downloads.send(
-                request, folder / name, size=file.bytes, sha256=file.sha256, filename=filename
+                request,
+                runtime.artifacts.storage,
+                f"{folder}/{name}",
+                content,
+                transfers=runtime.user_transfers,
             )
     raise NotFoundError(
         f"checkpoint {checkpoint_id} has no file {name!r}; its files field lists those it has"
@@ -115,7 +118,7 @@ def set_aside(
     Raises:
         ServiceUnavailableError: The volume of all checkpoints is missing.
     """
-    runtime.artifacts.check_mounted()
+    runtime.artifacts.storage.check_mounted()
     with runtime.database.write() as transaction:
         if checkpoints.set_aside(transaction, checkpoint, damage):
             transaction.after_commit(lambda: runtime.notifier.notify(checkpoint.job_id))

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
@@ -12,7 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from dar.errors import InvalidRequestError, UnsupportedMediaTypeError
+from dar.errors import DARError, InvalidRequestError, UnsupportedMediaTypeError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 from dar.protocol.ids import new_id
@@ -24,6 +25,7 @@ from service.jobs import datasets
 from service.runtime import CurrentRuntime, Runtime
 from service.store import files, tables
 
+log = structlog.get_logger()
 router = APIRouter(prefix="/v1/files", tags=["files"])
 PURPOSE = "fine-tune"
 FORM_BYTES = 64 * 1024
@@ -85,8 +87,7 @@ def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Delet
     """Delete a file that no unfinished job needs."""
     with runtime.database.write() as transaction:
         files.remove(transaction, user.project_id, file_id)
-        path = runtime.artifacts.file(file_id)
-        transaction.after_commit(lambda: path.unlink(missing_ok=True))
+        transaction.after_commit(lambda: _remove(runtime, file_id))
     return Deleted(id=file_id, object="file", deleted=True)
 
 
@@ -95,10 +96,21 @@ def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: R
     """The content of the file, or one range of it."""
     with runtime.database.read() as transaction:
         file = files.get(transaction, user.project_id, file_id)
-    path = runtime.artifacts.file(file.id)
     return downloads.send(
-        request, path, size=file.bytes, sha256=file.sha256, filename=file.filename
+        request,
+        runtime.artifacts.storage,
+        runtime.artifacts.file(file.id),
+        downloads.Content(file.bytes, file.sha256, file.filename),
+        transfers=runtime.user_transfers,
     )
+
+
+def _remove(runtime: Runtime, file_id: str) -> None:
+    """Remove the content of a deleted file; the reconciler does it later if the store is away."""
+    try:
+        runtime.artifacts.remove_file(file_id)
+    except DARError as error:
+        log.warning("content of a deleted file is left", id=file_id, error=error.message)
 
 
 def show(file: tables.FileRow) -> File:
@@ -195,12 +207,9 @@ async def _while_connected(
 def _store(runtime: Runtime, user: User, upload: UploadFile, has_left: Callable[[], bool]) -> File:
     file_id = new_id("file-")
     runtime.artifacts.reserve(upload.size or 0, "the file")
-    temporary = runtime.artifacts.new_file(file_id)
-    try:
+    with runtime.artifacts.new_file(file_id) as temporary:
         found = datasets.store(upload.file, temporary, has_left)
-        runtime.artifacts.keep_file(file_id)
-    finally:
-        temporary.unlink(missing_ok=True)
+        runtime.artifacts.keep_file(file_id, temporary)
     file = tables.FileRow(
         id=file_id,
         project_id=user.project_id,

@@ -57,7 +57,10 @@ def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
 def _checks(runtime: Runtime) -> Mapping[str, Check]:
     return {
         "database": lambda: _database(runtime),
-        "storage": lambda: {"storage": runtime.artifacts.check(), "storage_room": _room(runtime)},
+        "storage": lambda: {
+            "storage": runtime.artifacts.storage.check(),
+            "storage_room": _room(runtime),
+        },
         "broker": lambda: {"broker": runtime.waker.check()},
         "workers": lambda: {"workers": _workers(runtime)},
     }
@@ -69,6 +72,8 @@ def _room(runtime: Runtime) -> str:
         room = runtime.artifacts.room()
     except OSError as error:
         return f"unknown: {error.strerror}"
+    if room is None:
+        return "ok: a bucket has no size"
     said = f"{room.free:,} of {room.total:,} bytes are free"
     if room.is_full:
         return f"full: {said}, and uploads must leave {room.reserved:,}; make room"

@@ -21,7 +21,6 @@ from dar.protocol.worker import (
     ModelSource,
 )
 from service.api.checkpoints import set_aside
-from service.artifacts import damage_of
 from service.http import downloads, errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import body_of, schema_of
@@ -42,7 +41,10 @@ class _Source:
     name: str
     bytes: int
     sha256: str
-    path: Path
+    key: str | None
+    """In the artifact store."""
+    path: Path | None = None
+    """A file of the models directory of this machine."""
 
 
 @router.get("/{lease_id}/inputs")
@@ -54,7 +56,7 @@ def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
     with runtime.database.read() as transaction:
         resume_id = fence.look(transaction, lease_id).attempt.resume_checkpoint_id
     return Inputs(
-        files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found],
+        files=[_show(runtime, source) for source in found],
         resume_checkpoint_id=resume_id,
     )
 
@@ -82,14 +84,19 @@ def get_input(
     """One input file, or one range of it."""
     for source in _sources(runtime, lease_id):
         if source.name == name:
-            return downloads.send(
-                request,
-                source.path,
-                size=source.bytes,
-                sha256=source.sha256,
-                filename=source.path.name,
-            )
+            content = downloads.Content(source.bytes, source.sha256, name.rpartition("/")[2])
+            if source.path is not None:
+                return downloads.send_file(request, source.path, content)
+            assert source.key is not None
+            return downloads.send(request, runtime.artifacts.storage, source.key, content)
     raise NotFoundError(f"the attempt has no input {name!r}")
+
+
+def _show(runtime: Runtime, source: _Source) -> InputFile:
+    transfers, url = runtime.artifacts.storage.direct, None
+    if transfers is not None and source.key is not None:
+        url = transfers.download_url(source.key, source.name.rpartition("/")[2])
+    return InputFile(name=source.name, bytes=source.bytes, sha256=source.sha256, url=url)
 
 
 def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
@@ -135,14 +142,14 @@ def _damaged(runtime: Runtime, lease_id: str, take: Callable[[int], None] | None
     Args:
         runtime: Where they are stored.
         lease_id: The attempt's lease.
-        take: See `service.artifacts.damage_of`.
+        take: See `Artifacts.damage_of`.
     """
     with runtime.database.read() as transaction:
         needed = _checkpoints(transaction, fence.look(transaction, lease_id))
     bad = set()
     for prefix, row in needed.items():
         folder = runtime.artifacts.checkpoint(row.job_id, row.attempt, row.step)
-        damage = damage_of(folder, checkpoints.files_of(row), take=take)
+        damage = runtime.artifacts.damage_of(folder, checkpoints.files_of(row), take=take)
         if damage is not None:
             set_aside(runtime, row, damage)
         if damage is not None or row.damage is not None:
@@ -153,11 +160,15 @@ def _damaged(runtime: Runtime, lease_id: str, take: Callable[[int], None] | None
 def _damaged_files(runtime: Runtime, lease_id: str) -> frozenset[str]:
     with runtime.database.read() as transaction:
         found = list(_uploads(transaction, runtime, fence.look(transaction, lease_id).job))
-    return frozenset(
-        source.name
-        for source in found
-        if not source.path.is_file() or file_sha256(source.path) != source.sha256
-    )
+    bad = set()
+    for source in found:
+        assert source.key is not None
+        if runtime.artifacts.damage_of_content(
+            source.key, source.name, source.sha256, lambda _: None
+        ):
+            runtime.artifacts.storage.check_mounted()
+            bad.add(source.name)
+    return frozenset(bad)
 
 
 def _resume_elsewhere(runtime: Runtime, lease_id: str) -> bool:
@@ -185,7 +196,7 @@ def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
             target = path.resolve()  # the hub's cache keeps its files behind links
             state = target.stat()
             sha256 = _sha256(target, state.st_mtime_ns, state.st_size)
-            yield _Source(f"{prefix}/{name.as_posix()}", state.st_size, sha256, target)
+            yield _Source(f"{prefix}/{name.as_posix()}", state.st_size, sha256, None, target)
 
 
 @lru_cache(maxsize=4096)
@@ -202,4 +213,4 @@ def _files_of(
         # A base model needs only its weights. A resume needs all files, to verify the manifest.
         is_state = name == MANIFEST_NAME or name.startswith(f"{RESUME_FOLDER}/")
         if is_resume or not is_state:
-            yield _Source(f"{prefix}/{name}", file.bytes, file.sha256, folder / name)
+            yield _Source(f"{prefix}/{name}", file.bytes, file.sha256, f"{folder}/{name}")

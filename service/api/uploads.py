@@ -1,7 +1,10 @@
-"""Uploads of checkpoints: announced, sent in resumable parts, verified, then available."""
+"""Uploads of checkpoints: announced, sent in resumable parts, verified, then available.
 
-import os
-from typing import Annotated, BinaryIO
+Parts go to the service, or by signed URLs directly to the store where it has such.
+"""
+
+from dataclasses import asdict
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -10,12 +13,19 @@ from dar.errors import ConflictError, InvalidRequestError, NotFoundError
 from dar.fault_points import fault_point
 from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
-from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
-from service import artifacts
+from dar.protocol.worker import (
+    AttemptOf,
+    CheckpointParts,
+    CheckpointUpload,
+    DirectPart,
+    DirectParts,
+    RegisterCheckpoint,
+)
 from service.http import errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
+from service.storage.storage import Upload
 from service.store import best_checkpoint, checkpoints, fence, tables
 
 router = APIRouter(
@@ -31,6 +41,12 @@ RegisterBody = Annotated[
     Depends(body_of(RegisterCheckpoint, lambda _: MAX_MANIFEST_BYTES, is_of_worker=True)),
 ]
 AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf, is_of_worker=True))]
+PartsBody = Annotated[
+    CheckpointParts,
+    Depends(body_of(CheckpointParts, lambda _: MAX_MANIFEST_BYTES, is_of_worker=True)),
+]
+DIRECT_PARTS = 64
+"""Most requests for parts in one response: signing each takes half a millisecond."""
 
 
 @router.post("", openapi_extra=schema_of(RegisterCheckpoint))
@@ -72,24 +88,61 @@ async def put_file(
     room = (MAX_MANIFEST_BYTES if size is None else size) - offset
     part = min(int(request.headers.get("content-length") or 0), max(room, 0))
     runtime.artifacts.reserve_part(part, f"file {name!r}")
-    file = await run_in_threadpool(artifacts.open_part, upload, name, offset)
+    storage = runtime.artifacts.storage
+    file = await run_in_threadpool(storage.open_part, upload, name, offset)
     try:
         async for chunk in limited(request.stream(), max(room, 0), f"file {name!r}"):
             await run_in_threadpool(file.write, chunk)
-        await run_in_threadpool(_sync, file)
+        await run_in_threadpool(file.save)
     finally:
         await run_in_threadpool(file.close)
     return await run_in_threadpool(_show, runtime, checkpoint)
+
+
+@router.post("/{checkpoint_id}/parts", openapi_extra=schema_of(CheckpointParts))
+def list_parts(
+    lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: PartsBody
+) -> DirectParts:
+    """Requests by which a worker sends the next parts to the store itself; none: all are there.
+
+    The store refuses a part whose SHA-256 is not the one given here. Of a file of one part, that is
+    the digest in the manifest.
+    """
+    checkpoint = _pending(runtime, lease_id, checkpoint_id, body.attempt)
+    transfers = runtime.artifacts.storage.direct
+    if transfers is None:
+        raise ConflictError(
+            "files of this installation pass through the service; send them there",
+            code="not_direct",
+        )
+    upload = _upload(runtime, checkpoint)
+    found: list[DirectPart] = []
+    for file in upload.manifest.files:
+        digests = body.files.get(file.name)
+        if digests is None:
+            raise InvalidRequestError(
+                f"files: the digests of the parts of {file.name!r} are missing", param="files"
+            )
+        if len(digests) == 1:
+            digests = [file.sha256]
+        parts = transfers.missing_parts(f"{upload.final}/{file.name}", file.bytes, digests)
+        found += [DirectPart(name=file.name, **asdict(part)) for part in parts]
+        if len(found) >= DIRECT_PARTS:
+            break
+    return DirectParts(parts=found)
 
 
 @router.post("/{checkpoint_id}/commit", openapi_extra=schema_of(AttemptOf))
 def commit(
     lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: AttemptBody
 ) -> CheckpointUpload:
-    """Verify every byte, then make the checkpoint available to its job and to users."""
+    """Verify every byte, then make the checkpoint available to its job and to users.
+
+    The store has verified those that it received directly.
+    """
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status == "pending":
-        manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
+        manifest_bytes = runtime.artifacts.storage.verify(_upload(runtime, checkpoint))
         fault_point("service.verified")
         with runtime.database.read() as transaction:
             job = fence.look(transaction, lease_id).job
@@ -107,7 +160,7 @@ def _reserve(runtime: Runtime, lease_id: str, body: RegisterCheckpoint) -> None:
     with runtime.database.read() as transaction:
         job_id = fence.find(transaction, lease_id).job_id
     upload = runtime.artifacts.upload(job_id, body.attempt, body.manifest, body.manifest_sha256)
-    here = artifacts.received(upload)
+    here = runtime.artifacts.storage.received(upload)
     missing = sum(max(0, file.bytes - here[file.name]) for file in body.manifest.files)
     runtime.artifacts.reserve(missing, "the checkpoint")
 
@@ -135,7 +188,7 @@ def _pending(
     return checkpoint
 
 
-def _upload(runtime: Runtime, checkpoint: tables.CheckpointRow) -> artifacts.Upload:
+def _upload(runtime: Runtime, checkpoint: tables.CheckpointRow) -> Upload:
     manifest = Manifest.model_validate(checkpoint.manifest)
     return runtime.artifacts.upload(
         checkpoint.job_id, checkpoint.attempt, manifest, checkpoint.manifest_sha256
@@ -144,15 +197,15 @@ def _upload(runtime: Runtime, checkpoint: tables.CheckpointRow) -> artifacts.Upl
 
 def _show(runtime: Runtime, checkpoint: tables.CheckpointRow) -> CheckpointUpload:
     status = "available" if checkpoint.status == "available" else "pending"
-    received = artifacts.received(_upload(runtime, checkpoint))
+    storage = runtime.artifacts.storage
     return CheckpointUpload.model_validate(
-        {"checkpoint_id": checkpoint.id, "status": status, "received": received}
+        {
+            "checkpoint_id": checkpoint.id,
+            "status": status,
+            "received": storage.received(_upload(runtime, checkpoint)),
+            "part_bytes": None if storage.direct is None else storage.direct.part_bytes,
+        }
     )
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _check_manifest(manifest: Manifest) -> None:

@@ -281,7 +281,7 @@ class Reconciler:
         for item in doomed:
             try:
                 self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
-            except OSError as error:  # the next pass tries again
+            except (DARError, OSError) as error:  # the next pass tries again
                 log.warning("checkpoint cannot be removed", id=item.id, error=str(error))
                 continue
             with self._database.write() as transaction:
@@ -298,7 +298,7 @@ class Reconciler:
         with self._database.read() as transaction:
             known = files.known(transaction, old)
         for file_id in set(old) - known:
-            self._artifacts.file(file_id).unlink(missing_ok=True)
+            self._artifacts.remove_file(file_id)
         self._remove_orphans()
 
     def _remove_orphans(self) -> None:

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
-from service.artifacts import Artifacts, damage_of
+from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.store import checkpoints
 from service.store.database import Database
@@ -82,9 +82,9 @@ class Scrubber:
             return True
 
     def _verify(self, row: CheckpointRow) -> None:
-        self._artifacts.check_mounted()
+        self._artifacts.storage.check_mounted()
         folder = self._artifacts.checkpoint(row.job_id, row.attempt, row.step)
-        damage = damage_of(folder, checkpoints.files_of(row), take=self._pace)
+        damage = self._artifacts.damage_of(folder, checkpoints.files_of(row), take=self._pace)
         with self._database.write() as transaction:
             if damage is None:
                 checkpoints.note_whole(transaction, row)

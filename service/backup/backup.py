@@ -19,6 +19,8 @@ from dar.version import __version__
 from service import keys, migrate
 from service.backup import databases
 from service.backup.manifest import ARTIFACTS, FORMAT, BackedUpFile, BackupManifest
+from service.storage.opening import open_storage
+from service.storage.storage import Storage
 
 ROUNDS = 5
 """How often the database is copied at most; after that, missing files are damage."""
@@ -59,10 +61,11 @@ def _fill(
     copied = folder / databases.FILES[kind]
     taken: dict[str, BackedUpFile] = {}
     damaged: Mapping[str, str] = {}
+    storage = open_storage(settings)
     for _ in range(ROUNDS):
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         contents = databases.copy(settings, copied)
-        damaged = _take_files(settings, folder, contents, taken, is_copying=is_copying)
+        damaged = _take_files(storage, folder, contents, taken, is_copying=is_copying)
         missing = {name for name, why in damaged.items() if why == "missing"}
         if missing <= contents.set_aside:  # damage that is known needs no newer copy
             break
@@ -84,7 +87,7 @@ def _fill(
 
 
 def _take_files(
-    settings: Settings,
+    storage: Storage,
     folder: Path,
     contents: databases.Contents,
     taken: dict[str, BackedUpFile],
@@ -98,7 +101,7 @@ def _take_files(
             continue
         target = folder / ARTIFACTS / name
         try:
-            _take(settings.artifacts_path / name, target, is_copying=is_copying)
+            _take(storage, name, target, is_copying=is_copying)
         except FileNotFoundError:
             wrong[name] = "missing"
             continue
@@ -110,10 +113,16 @@ def _take_files(
     return wrong
 
 
-def _take(source: Path, target: Path, *, is_copying: bool) -> None:
-    """Link a file, which nothing ever changes in its place, or copy it to another disk."""
+def _take(storage: Storage, key: str, target: Path, *, is_copying: bool) -> None:
+    """Link a file, which nothing ever changes in its place, or copy it from elsewhere."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
+    source = storage.path(key)
+    if source is None:
+        content = storage.read(key)
+        with target.open("wb") as file:
+            file.writelines(content)
+        return
     if not is_copying:
         try:
             os.link(source, target)

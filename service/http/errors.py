@@ -38,7 +38,7 @@ from dar.errors import (
     UnsupportedMediaTypeError,
 )
 from dar.protocol.rows import kind_of_value
-from service.artifacts import storage_full
+from service.storage.storage import storage_full
 from service.store.database import is_outage
 
 log = structlog.get_logger()

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dar.protocol.model_configs import (
 from dar.protocol.spec import JobSpec
 from dar.protocol.spec_checks import leaves_room
 from dar.rewards.from_spec import PATH
+from service.storage.storage import Storage
 
 MAX_JSON_BYTES = 64 * 1024**2
 """Larger files are not read; a tokenizer_config.json of a large vocabulary has a few MiB."""
@@ -74,17 +76,29 @@ class ModelFiles:
 
     def _read(self, name: str) -> Mapping[str, Any] | None:
         """A JSON object in a file; None if there is none."""
-        path = self.folder / name
         try:
-            if path.stat().st_size > MAX_JSON_BYTES:
+            if self._size(name) > MAX_JSON_BYTES:
                 return None
-            content = json.loads(path.read_bytes())
+            content = json.loads(self._content(name, 0, MAX_JSON_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
         return content if isinstance(content, dict) else None
 
     def _has(self, *patterns: str) -> bool:
-        return any(next(self.folder.glob(pattern), None) for pattern in patterns)
+        return any(self._matching(pattern) for pattern in patterns)
+
+    def _matching(self, pattern: str) -> list[str]:
+        """Names of the files that match a pattern, sorted."""
+        found = self.folder.glob(pattern)
+        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+
+    def _size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def _content(self, name: str, first: int, end: int) -> bytes:
+        with (self.folder / name).open("rb") as file:
+            file.seek(first)
+            return file.read(end - first)
 
     @property
     def lacks_chat_template(self) -> bool:
@@ -105,7 +119,7 @@ class ModelFiles:
         architecture = str(self.config.get("model_type"))
         if architecture not in PLAIN_ARCHITECTURES:
             return None
-        headers = [_header(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        headers = [self._header(name) for name in self._matching("*.safetensors")]
         if not headers or None in headers or "quantization_config" in self.config:
             return None
         entries = itertools.chain.from_iterable(header.items() for header in headers if header)
@@ -115,19 +129,43 @@ class ModelFiles:
             if name.endswith(".weight") and len(entry.get("shape", ())) >= LEAST_LAYER_DIMS
         }
 
-
-def _header(path: Path) -> dict[str, Mapping[str, Any]] | None:
-    """Names and shapes of the tensors in a safetensors file; None if it is damaged."""
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
+    def _header(self, name: str) -> dict[str, Mapping[str, Any]] | None:
+        """Names and shapes of the tensors in a safetensors file; None if it is damaged."""
+        try:
+            (size,) = struct.unpack("<Q", self._content(name, 0, 8))
             if size > MAX_JSON_BYTES:
                 return None
-            content = json.loads(file.read(size))
-    except (OSError, ValueError, struct.error, RecursionError):
-        return None
-    is_header = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
-    return content if is_header else None
+            content = json.loads(self._content(name, 8, 8 + size))
+        except (OSError, ValueError, struct.error, RecursionError):
+            return None
+        is_header = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
+        return content if is_header else None
+
+
+@dataclass(frozen=True)
+class StoredModelFiles(ModelFiles):
+    """The files of a checkpoint in the artifact store; ``folder`` is its key."""
+
+    storage: Storage
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        place = f"{self.folder.as_posix()}/"
+        return {one.key.removeprefix(place): one.bytes for one in self.storage.entries(place)}
+
+    def _matching(self, pattern: str) -> list[str]:
+        depth = pattern.count("/")
+        names = (name for name in self._sizes if name.count("/") == depth)
+        return sorted(name for name in names if fnmatchcase(name, pattern))
+
+    def _size(self, name: str) -> int:
+        if name not in self._sizes:
+            raise FileNotFoundError(name)
+        return self._sizes[name]
+
+    def _content(self, name: str, first: int, end: int) -> bytes:
+        end = min(end, self._size(name))
+        return b"".join(self.storage.read(f"{self.folder.as_posix()}/{name}", first, end))
 
 
 def problems_of(

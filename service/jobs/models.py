@@ -19,6 +19,7 @@ from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ModelSource
 from dar.rewards.from_spec import PATH
 from dar.settings import Settings
+from service.jobs.model_checks import ModelFiles, StoredModelFiles
 from service.runtime import Runtime
 from service.store import checkpoints, deletion
 from service.store.database import Transaction
@@ -111,15 +112,20 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
             )
 
 
-def folder_of(transaction: Transaction, runtime: Runtime, source: ModelSource) -> Path | None:
-    """The folder of this machine with a model's config and tokenizer; None for a hub model.
+def files_of(
+    transaction: Transaction, runtime: Runtime, name: str, source: ModelSource
+) -> ModelFiles | None:
+    """The files of a model with its config and tokenizer; None for a hub model.
 
-    For adapters on a model, it is the folder of that model.
+    For adapters on a model, they are the files of that model.
     """
     if source.checkpoint_id is not None:
         row = checkpoints.by_ids(transaction, [source.checkpoint_id])[source.checkpoint_id]
-        return runtime.artifacts.checkpoint(row.job_id, row.attempt, row.step)
-    return None if source.kind == "hub" else runtime.settings.models_path / source.name
+        place = runtime.artifacts.checkpoint(row.job_id, row.attempt, row.step)
+        return StoredModelFiles(name, Path(place), runtime.artifacts.storage)
+    if source.kind == "hub":
+        return None
+    return ModelFiles(name, runtime.settings.models_path / source.name)
 
 
 def reward_folders(spec: JobSpec) -> dict[str, str]:

@@ -279,8 +279,8 @@ def _probes(
 
 def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
     """The first prompt of the job: a reward service may need its columns."""
-    path = None if _is_on_hub(spec) else runtime.artifacts.file(spec.training_file)
-    return next(iter(first_prompts(path, 1)), None)
+    file = None if _is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
+    return next(iter(first_prompts(file, 1)), None)
 
 
 def _plan(
@@ -322,9 +322,8 @@ def _model_problems(
         for component, name in judges.items()
     }
     problems = list(model_checks.reward_model_problems(spec, installed))
-    folder = models.folder_of(transaction, runtime, model.source)
-    if folder is not None:
-        files_of_model = model_checks.ModelFiles(spec.model, folder)
+    files_of_model = models.files_of(transaction, runtime, spec.model, model.source)
+    if files_of_model is not None:
         problems += model_checks.problems_of(spec, files_of_model, data.chat_rows)
     return problems
 

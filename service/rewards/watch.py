@@ -14,7 +14,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -106,16 +106,16 @@ async def light_probe(
     return False
 
 
-def first_prompts(path: Path | None, count: int) -> list[RewardSample]:
+def first_prompts(file: BinaryIO | None, count: int) -> list[RewardSample]:
     """The first rows of a training file with a built-in completion; none if the file is not here.
 
     Args:
-        path: A checked JSON Lines file; None: the data are on a hub.
+        file: Checked JSON Lines; None: the data are on a hub, or missing. It is closed.
         count: Most rows.
     """
-    if path is None or not path.is_file():
+    if file is None:
         return []
-    with path.open("rb") as file:
+    with file:
         lines = itertools.islice(filter(bytes.strip, lines_of(file)), count)
         return [as_sample(index, parse_row(line)) for index, line in enumerate(lines)]
 
@@ -295,8 +295,8 @@ class RewardWatch:
 
     def _samples(self, job: JobRow) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns."""
-        path = self._runtime.artifacts.file(job.training_file) if job.training_file else None
-        found = first_prompts(path, len(PROBE_ROWS))
+        file = self._runtime.artifacts.open_file(job.training_file)
+        found = first_prompts(file, len(PROBE_ROWS))
         return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
 
     def _note(self, job: JobRow, check: RewardCheck) -> None:

@@ -45,7 +45,7 @@ def test_a_deleted_job_is_gone_at_once_and_leaves_nothing(
     file_id = live.upload(content).json()["id"]
     job, (checkpoint, _), lease = finish(live, training_file=file_id)
     path = f"{PATH}/{job['id']}"
-    folder = live.runtime.artifacts.root / "checkpoints" / job["id"]
+    folder = live.settings.artifacts_path / "checkpoints" / job["id"]
     assert folder.is_dir()
     deleted = {"id": job["id"], "object": "fine_tuning.job", "deleted": True}
     assert live.http.delete(path).json() == deleted

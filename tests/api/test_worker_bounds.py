@@ -46,7 +46,7 @@ def test_only_bytes_that_are_still_to_come_need_room(
     room = [needed]
     usage = SimpleNamespace
     monkeypatch.setattr(
-        "service.artifacts.shutil.disk_usage", lambda _: usage(free=room[0], total=2 * needed)
+        "service.storage.folder.shutil.disk_usage", lambda _: usage(free=room[0], total=2 * needed)
     )
     again = lease.announce(2, files)
     assert again.json()["received"]["model.safetensors"] == 6000

@@ -95,9 +95,10 @@ def _successes_too_many(stack: Stack) -> int:
 
 
 def _is_equal(stack: Stack, job: JobRow, final: CheckpointRow) -> bool:
-    path = stack.artifacts.checkpoint(job.id, final.attempt, final.step) / "model.safetensors"
+    folder = stack.artifacts.checkpoint(job.id, final.attempt, final.step)
+    content = b"".join(stack.artifacts.storage.read(f"{folder}/model.safetensors"))
     expected = weights(state_after(job.seed, job.total_steps))
-    return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(expected).digest()
+    return hashlib.sha256(content).digest() == hashlib.sha256(expected).digest()
 
 
 def until_all_ended(stack: Stack, seconds: float) -> None:

@@ -22,6 +22,7 @@ from dar.settings import environment
 from fakes.postgres import Postgres
 from fakes.scripted_installation import FAST, Valkey, free_port
 from service.artifacts import Artifacts
+from service.storage.folder import FolderStorage
 from service.store.database import Database
 
 Dialect = Literal["sqlite", "postgresql"]
@@ -233,7 +234,7 @@ class Stack:
 
     @property
     def artifacts(self) -> Artifacts:
-        return Artifacts(self.home / "artifacts")
+        return Artifacts(FolderStorage(self.home / "artifacts"))
 
     def api(self, method: str, path: str, replica: int = 0, **options: Any) -> Any:
         """One call that must succeed; a service that is away or busy is called again."""

@@ -16,6 +16,7 @@ from dar.protocol.worker import Complete, MetricsRow
 from fakes.world import World
 from service.artifacts import Artifacts
 from service.audit import RULES, Acknowledged, Report, audit, lines, read_acknowledged
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, deletion, fence, outcomes, rows
 from service.store.database import Transaction
 from service.store.fence import Held
@@ -35,9 +36,9 @@ class Sound:
     """An installation with a job that was lost once, and succeeded."""
 
     def __init__(self, world: World, folder: Path) -> None:
-        self.world = world
-        self.artifacts = Artifacts(folder)
-        self.artifacts.prepare()
+        self.world, self.root = world, folder
+        self.artifacts = Artifacts(FolderStorage(folder))
+        self.artifacts.storage.prepare()
         first = world.running(total_steps=STEPS)
         self.job_id = first.job.id
         with world.database.write() as transaction:
@@ -70,7 +71,7 @@ class Sound:
         }
         manifest = self.world.manifest(STEPS, files=[file])
         text = manifest.model_dump_json().encode()
-        self.folder = self.artifacts.checkpoint(self.job_id, held.attempt.number, STEPS)
+        self.folder = self.root / self.artifacts.checkpoint(self.job_id, held.attempt.number, STEPS)
         self.folder.mkdir(parents=True)
         (self.folder / "model.safetensors").write_bytes(content)
         (self.folder / MANIFEST_NAME).write_bytes(text)
@@ -212,7 +213,7 @@ def test_files_that_differ_from_their_manifest_are_findings(sound: Sound) -> Non
     (sound.folder / "extra").touch()
     assert found() == ["extra does not belong to it"]
     (sound.folder / "extra").unlink()
-    orphan = sound.artifacts.checkpoint(sound.job_id, 7, 1)
+    orphan = sound.root / sound.artifacts.checkpoint(sound.job_id, 7, 1)
     orphan.mkdir(parents=True)
     assert found() == [], "an upload may be in progress"
     os.utime(orphan, (0, 0))

@@ -21,6 +21,7 @@ from service.__main__ import main
 from service.artifacts import Artifacts
 from service.backup import backup, databases
 from service.backup import restore as restoring
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, fence
 from service.store.database import Database
 from service.store.tables import AttemptRow, CheckpointRow, FileRow, JobRow
@@ -34,10 +35,10 @@ class Installed:
     def __init__(self, world: World, url: str, new_url: Callable[[], str], folder: Path) -> None:
         self.world, self.folder, self.new_url = world, folder, new_url
         self.settings = self.settings_of("home", url)
-        self.artifacts = Artifacts(self.settings.artifacts_path)
+        self.artifacts = Artifacts(FolderStorage(self.settings.artifacts_path))
         keys.configure(self.settings, world.database)
         keys.secret_keys(self.settings, world.database)
-        self.artifacts.prepare()
+        self.artifacts.storage.prepare()
         self.upload("file-1")
         self.held = world.running(keep_last=1)
         self.publish(2)
@@ -47,7 +48,7 @@ class Installed:
 
     def upload(self, name: str) -> None:
         content = name.encode()
-        self.artifacts.file(name).write_bytes(content)
+        (self.settings.artifacts_path / "files" / name).write_bytes(content)
         row = {"filename": "rows", "purpose": "fine-tune", "num_rows": 1, "columns": {}}
         row |= {"created_at": self.world.clock.now, "project_id": self.world.project_id}
         sha256 = hashlib.sha256(content).hexdigest()
@@ -72,7 +73,7 @@ class Installed:
         return made
 
     def checkpoint(self, step: int) -> Path:
-        return self.artifacts.checkpoint(self.held.job.id, 1, step)
+        return self.settings.artifacts_path / self.artifacts.checkpoint(self.held.job.id, 1, step)
 
     def supersede(self, step: int) -> None:
         """A newer checkpoint, because of which the older one goes."""
@@ -121,7 +122,7 @@ def test_a_restored_backup_is_the_installation_as_it_was(
 ) -> None:
     taken = installed.take(is_copying=is_copying)
     weights = installed.checkpoint(2) / "model.safetensors"
-    place = taken / "artifacts" / weights.relative_to(installed.artifacts.root)
+    place = taken / "artifacts" / weights.relative_to(installed.settings.artifacts_path)
     assert place.samefile(weights) is not is_copying
     later = installed.world.submit()
     installed.supersede(4)
@@ -143,7 +144,8 @@ def test_a_restored_backup_is_the_installation_as_it_was(
         assert newest is not None
         assert newest.step == 2
         assert transaction.get(JobRow, later) is None
-    folder = Artifacts(settings.artifacts_path).checkpoint(job.id, 1, 2)
+    storage = FolderStorage(settings.artifacts_path)
+    folder = storage.path(Artifacts(storage).checkpoint(job.id, 1, 2))
     assert (folder / "model.safetensors").read_bytes() == b"weights of step 2"
     migrate.upgrade(settings, database)
     keys.configure(settings, database)  # PostgreSQL refuses a host without its keys

@@ -19,6 +19,7 @@ from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.secret_box import SecretBox
+from service.storage.folder import FolderStorage
 from service.store import fence, leases, outcomes, reward_pauses, reward_requests, workers
 from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow, RewardRequestRow
@@ -104,8 +105,8 @@ def test_a_wait_that_an_earlier_version_has_set_is_kept(world: World) -> None:
 
 def reconciler_of(world: World, folder: Path, elapsed: list[float]) -> Reconciler:
     """A reconciler whose own clock is ``elapsed``."""
-    artifacts = Artifacts(folder / "artifacts")
-    artifacts.prepare()
+    artifacts = Artifacts(FolderStorage(folder / "artifacts"))
+    artifacts.storage.prepare()
     notifier = Notifier(world.database)
     clocks = {"ttl_seconds": 60.0, "pause_seconds": 1.0, "monotonic": lambda: elapsed[0]}
     return Reconciler(world.database, artifacts, Waker(None), notifier, **clocks)  # type: ignore[arg-type] # each has its type

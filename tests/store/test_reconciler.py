@@ -19,6 +19,7 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, fence, jobs, leases
 from service.store.fence import Held
 from service.store.tables import FileRow
@@ -40,8 +41,9 @@ class Setup:
 
     def __init__(self, world: World, folder: Path, ttl_seconds: float) -> None:
         self.world, self.waker, self.elapsed = world, Counter(), 0.0
-        self.artifacts = Artifacts(folder)
-        self.artifacts.prepare()
+        self.root = folder
+        self.artifacts = Artifacts(FolderStorage(folder))
+        self.artifacts.storage.prepare()
         self.reconciler = Reconciler(
             world.database,
             self.artifacts,
@@ -193,7 +195,7 @@ def test_files_of_superseded_checkpoints_go(setup: Setup) -> None:
     folders = []
     for step in (2, 4):
         setup.world.publish(held, step)
-        folders.append(setup.artifacts.checkpoint(held.job.id, 1, step))
+        folders.append(setup.root / setup.artifacts.checkpoint(held.job.id, 1, step))
         folders[-1].mkdir(parents=True)
         (folders[-1] / "model.safetensors").write_bytes(b"abc")
     setup.reconciler.run_once()
@@ -236,11 +238,11 @@ def test_files_without_a_row_go_after_a_day(setup: Setup) -> None:
     with setup.world.database.write() as transaction:
         transaction.add(uploaded(setup, "file-known"))
     for name, age in (("file-known", 90_000), ("file-orphan", 90_000), ("file-young", 80_000)):
-        path = setup.artifacts.file(name)
+        path = setup.root / setup.artifacts.file(name)
         path.write_bytes(b"{}")
         os.utime(path, (now - age, now - age))
     setup.reconciler.run_once()
-    left = {path.name for path in setup.artifacts.root.glob("files/file-*")}
+    left = {path.name for path in setup.root.glob("files/file-*")}
     assert left == {"file-known", "file-young"}
 
 
@@ -350,7 +352,7 @@ FILES = ("model.safetensors", "resume/optimizer.safetensors", "resume/state.json
 
 def publish_with_files(setup: Setup, held: Held, step: int) -> Path:
     setup.world.publish(held, step)
-    folder = setup.artifacts.checkpoint(held.job.id, 1, step)
+    folder = setup.root / setup.artifacts.checkpoint(held.job.id, 1, step)
     (folder / "resume").mkdir(parents=True)
     for name in FILES:
         (folder / name).write_bytes(b"abc")

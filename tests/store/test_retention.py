@@ -17,6 +17,7 @@ from dar.settings import Settings
 from fakes.world import World
 from service.artifacts import Artifacts
 from service.background.retention import Retention
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, deletion, retention
 from service.store.tables import (
     AttemptRow,
@@ -35,8 +36,9 @@ class Setup:
     """A retention with settings of a test."""
 
     def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.artifacts = world, Artifacts(folder / "artifacts")
-        self.artifacts.prepare()
+        self.world, self.root = world, folder / "artifacts"
+        self.artifacts = Artifacts(FolderStorage(self.root))
+        self.artifacts.storage.prepare()
         self._home = folder
 
     def retention(self, **settings: Any) -> Retention:
@@ -166,7 +168,7 @@ def test_a_crash_amid_a_deletion_leaves_nothing_behind(
     held = setup.world.running()
     job_id = held.job.id
     made = [setup.world.publish(held, step) for step in (2, 4)]
-    folders = [setup.artifacts.checkpoint(job_id, 1, one.step) for one in made]
+    folders = [setup.root / setup.artifacts.checkpoint(job_id, 1, one.step) for one in made]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"abc")
@@ -198,7 +200,7 @@ def test_a_crash_amid_a_deletion_leaves_nothing_behind(
                 assert row.status in {"deleting", "deleted"}
     setup.retention().run_once()
     assert not any(setup.counts().values())
-    assert not (setup.artifacts.root / "checkpoints" / job_id).exists()
+    assert not (setup.root / "checkpoints" / job_id).exists()
 
 
 @pytest.mark.slow  # 10,000 jobs

@@ -19,6 +19,7 @@ from dar.protocol.worker import (
 from fakes.world import World
 from service.artifacts import Artifacts
 from service.audit import audit
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, fence, jobs, leases, outcomes, rows, stops
 from service.store.best_checkpoint import Standing
 
@@ -125,7 +126,7 @@ def test_the_result_of_a_stopped_job_is_the_last_checkpoint_or_with_keep_best_th
     assert (job.status, job.step, job.latest_checkpoint_id) == ("succeeded", 4, last.id)
     assert job.result_checkpoint_id == (best if keeps_best else last).id
     assert ("of step 2, the best checkpoint" in job.status_message) == keeps_best
-    found = audit(world.database, Artifacts(tmp_path)).findings
+    found = audit(world.database, Artifacts(FolderStorage(tmp_path))).findings
     assert {one.rule for one in found} == {"checkpoints"}, "only the files are not there"
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from dar.client.transport import Backoff, failure_of
 from dar.errors import CheckpointError, FencedError, ModelNotFoundError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
+from fakes.cutting_proxy import CuttingProxy
 from fakes.scripted_installation import ScriptedInstallation
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
@@ -29,64 +29,6 @@ from worker.supervisor.state import AttemptState
 
 PART = 256 * 1024
 SIZE = 10 * PART
-
-
-class CuttingProxy:
-    """Forwards bytes to a service, and cuts each of the first connections after some of them."""
-
-    def __init__(self, port: int, *, cuts: int, after: int) -> None:
-        self._target = port
-        self._cuts, self._after = cuts, after
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.sent = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def cuts_left(self) -> int:
-        return self._cuts
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._target))
-            for source, sink, counts in ((client, server, True), (server, client, False)):
-                threading.Thread(
-                    target=self._pump, args=(source, sink, counts), daemon=True
-                ).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
-        passed = 0
-        with source, sink:
-            while data := self._receive(source):
-                passed += len(data)
-                if counts:
-                    self.sent += len(data)
-                    if self._cuts and passed > self._after:
-                        self._cuts -= 1
-                        break
-                try:
-                    sink.sendall(data)
-                except OSError:
-                    break
-            for end in (source, sink):
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
-
-    @staticmethod
-    def _receive(source: socket.socket) -> bytes:
-        try:
-            return source.recv(64 * 1024)
-        except OSError:
-            return b""
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from service.store.tables import CheckpointRow
 
 
 def folder_of(live: Live, job_id: str, step: int) -> Path:
-    return live.runtime.artifacts.checkpoint(job_id, 1, step)
+    return live.settings.artifacts_path / live.runtime.artifacts.checkpoint(job_id, 1, step)
 
 
 def scrubber(live: Live) -> Scrubber:
@@ -63,7 +63,7 @@ def test_a_download_of_a_damaged_file_is_refused_before_its_first_byte(
     kinds = [event["data"].get("kind") for event in live.job(job_id, "/events")["data"]]
     assert kinds.count("checkpoint_damaged") == 1
     file_id = live.job(job_id)["training_file"]
-    live.runtime.artifacts.file(file_id).write_bytes(b"{")
+    (live.settings.artifacts_path / "files" / file_id).write_bytes(b"{")
     answer = live.http.get(f"/v1/files/{file_id}/content")
     assert (answer.status_code, error_of(answer)["code"]) == (409, "content_damaged")
 
@@ -109,7 +109,7 @@ def test_a_volume_that_is_not_mounted_damages_nothing(
     live: Live, two: Any, error_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     job_id, _, (_, newest) = two
-    root = live.runtime.artifacts.root / "checkpoints"
+    root = live.settings.artifacts_path / "checkpoints"
     shutil.move(root, tmp_path / "away")
     path = f"/v1/fine_tuning/jobs/{job_id}/checkpoints/{newest}"
     answer = live.http.get(f"{path}/files/model.safetensors")

@@ -48,8 +48,8 @@ def test_a_disk_that_fills_in_the_middle_of_a_part_gets_a_503(
     live: Live, lease: Lease, error_of: Callable[..., Any]
 ) -> None:
     announced = lease.announce(2, FILES).json()["checkpoint_id"]
-    staging = live.runtime.artifacts.checkpoint(lease.body["job_id"], 1, 2)
-    staging = staging.with_name(f".tmp-{staging.name}")
+    folder = live.runtime.artifacts.checkpoint(lease.body["job_id"], 1, 2)
+    staging = live.settings.artifacts_path / folder.replace("step-", ".tmp-step-")
     staging.mkdir(parents=True)
     (staging / "model.safetensors").symlink_to("/dev/full")
     checked(lease.put(announced, "model.safetensors", b"weights"), error_of)

@@ -177,7 +177,7 @@ def test_an_upload_for_which_there_is_no_room_is_a_503(
 ) -> None:
     reserved = Settings().min_free_bytes
     free = SimpleNamespace(free=len(GOOD) + reserved - 1, total=2 * reserved)
-    monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("service.storage.folder.shutil.disk_usage", lambda _: free)
     answer = live.upload(GOOD)
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")
 

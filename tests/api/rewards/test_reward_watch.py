@@ -402,7 +402,7 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
     with live.runtime.database.write() as transaction:
         transaction.execute(update(JobRow).where(JobRow.id == bad_spec).values(spec={"dar": 1}))
         training_file = transaction.get_one(JobRow, bad_row).training_file
-    live.runtime.artifacts.file(training_file).write_bytes(b"[1, 2]\n")
+    (live.settings.artifacts_path / "files" / training_file).write_bytes(b"[1, 2]\n")
     make_due(live)
     RewardWatch(live.runtime).run_once()
     statuses = stored_statuses(live, bad_spec, bad_row, fine)

@@ -11,7 +11,9 @@ import pytest
 
 from dar.protocol.checkpoints import Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
-from service import artifacts
+from service.artifacts import Artifacts
+from service.storage.folder import FolderStorage
+from service.storage.storage import Upload
 
 CONTENTS = {"model.safetensors": b"weights", "resume/state.json": b"{}"}
 
@@ -99,6 +101,14 @@ def assert_ordered(done: list[tuple[str, str]], final: Path, staging: Path) -> N
     assert ("fsync", str(final.parent)) in after
 
 
+def send(store: FolderStorage, upload: Upload) -> None:
+    for name, body in CONTENTS.items():
+        part = store.open_part(upload, name, 0)
+        part.write(body)
+        part.save()
+        part.close()
+
+
 def test_nothing_gets_its_name_before_it_is_durable(
     tmp_path: Path, durable: list[tuple[str, str]]
 ) -> None:
@@ -107,22 +117,21 @@ def test_nothing_gets_its_name_before_it_is_durable(
     assert_ordered(durable, root / "step-2", root / f".tmp-step-2-{os.getpid()}")
 
     durable.clear()
-    store = artifacts.Artifacts(tmp_path / "store")
+    store = FolderStorage(tmp_path / "store")
     store.prepare()
-    upload = store.upload("job", 1, published.manifest, published.manifest_sha256)
-    for name, body in CONTENTS.items():
-        with artifacts.open_part(upload, name, 0) as file:
-            file.write(body)
-    artifacts.verify(upload)
-    assert_ordered(durable, upload.final, upload.staging)
-    parents = [("fsync", str(path)) for path in upload.final.parents[:3]]
+    upload = Artifacts(store).upload("job", 1, published.manifest, published.manifest_sha256)
+    send(store, upload)
+    store.verify(upload)
+    final = store.path(upload.final)
+    assert_ordered(durable, final, store.path(upload.staging))
+    parents = [("fsync", str(path)) for path in final.parents[:3]]
     assert durable[-3:] == parents, "each new folder is an entry of its parent"
 
 
 def test_a_service_killed_between_rename_and_row_publishes_the_same_at_the_next_commit(
     tmp_path: Path,
 ) -> None:
-    store = artifacts.Artifacts(tmp_path)
+    store = FolderStorage(tmp_path)
     store.prepare()
     files = [
         ManifestFile(name=name, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
@@ -130,13 +139,11 @@ def test_a_service_killed_between_rename_and_row_publishes_the_same_at_the_next_
     ]
     manifest = Manifest(step=2, kind="full", config_sha256="0" * 64, files=files)
     sha256 = hashlib.sha256(manifest.model_dump_json(indent=1).encode()).hexdigest()
-    upload = store.upload("job", 1, manifest, sha256)
-    for name, body in CONTENTS.items():
-        with artifacts.open_part(upload, name, 0) as file:
-            file.write(body)
-    first = artifacts.verify(upload)
-    assert artifacts.received(upload) == {
+    upload = Artifacts(store).upload("job", 1, manifest, sha256)
+    send(store, upload)
+    first = store.verify(upload)
+    assert store.received(upload) == {
         **{name: len(body) for name, body in CONTENTS.items()},
         "MANIFEST.json": first,
     }
-    assert artifacts.verify(upload) == first
+    assert store.verify(upload) == first
