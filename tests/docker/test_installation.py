@@ -3,6 +3,7 @@
 What runs is read from the files of ``docker/``: nothing of it is written here again.
 """
 
+import hashlib
 import re
 import threading
 import time
@@ -57,7 +58,7 @@ def test_a_job_ends_though_a_replica_a_worker_and_the_proxy_are_killed(
     file_id = upload(client, (reviews_base / "prompts.jsonl").read_bytes())
     key: Any = {"Idempotency-Key": "one"}
     spec = cluster.spec(file_id, steps=30)
-    with pytest.raises(openai.NotFoundError, match=r"may not read model\.safetensors"):
+    with pytest.raises(openai.BadRequestError, match=r"may not read model\.safetensors"):
         client.fine_tuning.jobs.create(**spec | {"model": "closed"})
     job = client.fine_tuning.jobs.create(**spec, extra_headers=key)
 
@@ -88,8 +89,15 @@ def test_a_job_ends_though_a_replica_a_worker_and_the_proxy_are_killed(
     assert series["series"]["dar/loss"]["step"] == list(range(1, 31))
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
     assert checkpoint.step_number == 30
-    for name in ("service-1", "service-2", "worker-0", "worker-1", "postgres"):
+    for name in ("service-1", "service-2", "worker-0", "worker-1", "postgres", "storage"):
         made.until_healthy(name)
+    stored: Any = client.get(f"{path}/checkpoints/{checkpoint.id}", cast_to=object)
+    assert stored["files"]
+    for file in stored["files"]:
+        url = f"{cluster.url}{path}/checkpoints/{checkpoint.id}/files/{file['name']}"
+        sent = client._client.get(url, headers=client.auth_headers).raise_for_status()
+        assert hashlib.sha256(sent.content).hexdigest() == file["sha256"], file["name"]
+    assert not list(made.volume("dar").glob("artifacts/checkpoints/*")), "all is in the bucket"
     assert made.run("service-2", "dar", "backup", "/var/lib/dar/backup") == 0, made.log("service-2")
     for name in made.made:
         for secret in made.made[name].secrets.values():

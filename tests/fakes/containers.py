@@ -57,6 +57,7 @@ def programs(folder: Path) -> Path:
     assert caddy.origin is not None
     found = {
         "caddy": Path(caddy.origin).parents[1] / "caddysnake-cli",
+        "weed": Path(sys.executable).parent / "weed",
         "valkey-server": Path(get_binary_path()),
         **{path.name: path for path in BINARIES.iterdir()},
     }
