@@ -120,7 +120,8 @@ class Load:
         self.submitted: list[str] = []
         self._cluster, self._stop = cluster, threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(users(), number)) for number in range(threads)
+            threading.Thread(target=self._run, args=(users(), f"{id(self)}-{number}"))
+            for number in range(threads)
         ]
 
     def __enter__(self) -> "Load":
@@ -133,7 +134,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, client: openai.OpenAI, number: int) -> None:
+    def _run(self, client: openai.OpenAI, name: str) -> None:
         def count(response: Any) -> None:
             self.requests[f"{response.request.method} {response.status_code // 100}xx"] += 1
 
@@ -142,7 +143,7 @@ class Load:
         while not self._stop.is_set():
             turn += 1
             try:
-                self._use(client, f"{number}-{turn}")
+                self._use(client, f"{name}-{turn}")
             except openai.OpenAIError as error:
                 self.failures.append(repr(error))
 
