@@ -26,7 +26,7 @@ SETTINGS = {f"DAR_{name.upper()}": field for name, field in Settings.model_field
 OF_COMPOSE_ALONE = {"DAR_VERSION", "DAR_DOMAIN", "DAR_MODELS"}
 """Variables of the compose files that are no settings."""
 UNKNOWN_TO_SYSTEMDLINT = {
-    "LoadCredential is not supported": "systemd has it since version 247",
+    "LoadCredential is not supported": "systemd has it since version 247, and %d since 250",
     "RestartPreventExitStatus=78": "it takes names of signals alone; systemd takes codes too",
     "Files created by service are world-writeable": "it reads 0077 as the rights that are given",
     "Service should have Delegate being set": "neither process manages control groups",
