@@ -9,5 +9,5 @@ ENV XDG_DATA_HOME=/data \
     XDG_CONFIG_HOME=/data
 USER 10001:10001
 VOLUME /data
-EXPOSE 8080 8443
+EXPOSE 8080 8443 9443
 CMD ["caddy", "run", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"]

@@ -20,6 +20,11 @@ keep postgres_password "$(plain)"
 keep database_url "postgresql+psycopg://dar:$(cat "$folder/postgres_password")@postgres:5432/dar"
 keep valkey_password "requirepass $(plain)"
 keep broker_url "redis://:$(sed 's/requirepass //' "$folder/valkey_password")@valkey:6379/0"
+keep s3_access_key_id "dar-$(plain)"
+keep s3_secret_access_key "$(plain)"
+# The key of the service opens its bucket alone.
+keep s3_identities '{"identities": [{"name": "dar", "actions": ["Read:dar", "Write:dar", "List:dar", "Tagging:dar"],
+  "credentials": [{"accessKey": "'"$(cat "$folder/s3_access_key_id")"'", "secretKey": "'"$(cat "$folder/s3_secret_access_key")"'"}]}]}'
 keep api_key "dar-sk-$(plain)"
 keep worker_key "dar-wk-$(plain)"
 keep reward_secret "whsec_$(random)"

@@ -1,6 +1,7 @@
 """The files of ``docker/``: what a linter or a look at them can show."""
 
 import configparser
+import json
 import re
 import shutil
 import stat
@@ -25,7 +26,7 @@ SETTINGS = {f"DAR_{name.upper()}": field for name, field in Settings.model_field
 OF_COMPOSE_ALONE = {"DAR_VERSION", "DAR_DOMAIN", "DAR_MODELS"}
 """Variables of the compose files that are no settings."""
 UNKNOWN_TO_SYSTEMDLINT = {
-    "LoadCredential is not supported": "systemd has it since version 247",
+    "LoadCredential is not supported": "systemd has it since version 247, and %d since 250",
     "RestartPreventExitStatus=78": "it takes names of signals alone; systemd takes codes too",
     "Files created by service are world-writeable": "it reads 0077 as the rights that are given",
     "Service should have Delegate being set": "neither process manages control groups",
@@ -114,7 +115,7 @@ def test_every_variable_is_a_setting_and_every_secret_a_file(
         re.findall(r"\$\{([A-Z0-9_]+)", "".join((DOCKER / name).read_text() for name in COMPOSE))
     )
     assert given <= used
-    assert used - given == {"DAR_DEVICES"}
+    assert used - given == {"DAR_DEVICES", "DAR_STORAGE_URL", "DAR_S3_ENDPOINT", "DAR_S3_REGION"}
 
 
 def test_base_images_have_a_full_version_and_every_stage_of_one_file_the_same() -> None:
@@ -124,7 +125,7 @@ def test_base_images_have_a_full_version_and_every_stage_of_one_file_the_same() 
         for name, text in texts.items()
         for image in re.findall(r"^(?:FROM|    image:) ([^\s$]+)(?: AS .*)?$", text, re.MULTILINE)
     }
-    assert len(images) == 5
+    assert len(images) == 6
     for image in images:
         assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.?\d*(-[a-z0-9.]+)*(@sha256:[0-9a-f]{64})?", image)
     assert "postgres:17" in "".join(images)
@@ -155,6 +156,11 @@ def test_the_script_makes_every_secret_once(
     settings = load_settings()
     assert settings.sqlalchemy_url.startswith("postgresql+psycopg://dar:")
     assert settings.secret_from(settings.api_key, "api_key") == again["api_key"].strip()
+    (identity,) = json.loads(first["s3_identities"])["identities"]
+    assert settings.s3_secret_access_key is not None
+    (credentials,) = identity["credentials"]
+    assert credentials["secretKey"] == settings.s3_secret_access_key.get_secret_value()
+    assert all(right.endswith(":dar") for right in identity["actions"])
 
 
 def test_the_units_have_the_settings_of_the_containers(made: dict[str, Container]) -> None:
@@ -172,7 +178,8 @@ def test_the_units_have_the_settings_of_the_containers(made: dict[str, Container
         credentials = dict(re.findall(r"^LoadCredential=(\w+):(.*)$", text, re.MULTILINE))
         files = {key for key in variables if key.endswith("_FILE")}
         expected = {key for key in container.variables if key.endswith("_FILE")}
-        assert files == expected - {"DAR_HF_TOKEN_FILE"}, "a token of the hub is not needed"
+        optional = {key for key in expected if "HF_TOKEN" in key or "S3" in key}
+        assert files == expected - optional, "a token of the hub and a bucket are not needed"
         assert {variables[key] for key in files} == {f"%d/{secret}" for secret in credentials}
         assert {key for key in variables if key.startswith("DAR_")} - files <= set(SETTINGS)
         assert service["ExecStart"] == f"/opt/dar/bin/{' '.join(container.command)}"

@@ -3,6 +3,7 @@
 What runs is read from the files of ``docker/``: nothing of it is written here again.
 """
 
+import hashlib
 import re
 import threading
 import time
@@ -88,8 +89,15 @@ def test_a_job_ends_though_a_replica_a_worker_and_the_proxy_are_killed(
     assert series["series"]["dar/loss"]["step"] == list(range(1, 31))
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
     assert checkpoint.step_number == 30
-    for name in ("service-1", "service-2", "worker-0", "worker-1", "postgres"):
+    for name in ("service-1", "service-2", "worker-0", "worker-1", "postgres", "storage"):
         made.until_healthy(name)
+    stored: Any = client.get(f"{path}/checkpoints/{checkpoint.id}", cast_to=object)
+    assert stored["files"]
+    for file in stored["files"]:
+        url = f"{cluster.url}{path}/checkpoints/{checkpoint.id}/files/{file['name']}"
+        sent = client._client.get(url, headers=client.auth_headers).raise_for_status()
+        assert hashlib.sha256(sent.content).hexdigest() == file["sha256"], file["name"]
+    assert not list(made.volume("dar").glob("artifacts/checkpoints/*")), "all is in the bucket"
     assert made.run("service-2", "dar", "backup", "/var/lib/dar/backup") == 0, made.log("service-2")
     for name in made.made:
         for secret in made.made[name].secrets.values():
@@ -112,7 +120,8 @@ class Load:
         self.submitted: list[str] = []
         self._cluster, self._stop = cluster, threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(users(), number)) for number in range(threads)
+            threading.Thread(target=self._run, args=(users(), f"{id(self)}-{number}"))
+            for number in range(threads)
         ]
 
     def __enter__(self) -> "Load":
@@ -125,7 +134,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, client: openai.OpenAI, number: int) -> None:
+    def _run(self, client: openai.OpenAI, name: str) -> None:
         def count(response: Any) -> None:
             self.requests[f"{response.request.method} {response.status_code // 100}xx"] += 1
 
@@ -134,7 +143,7 @@ class Load:
         while not self._stop.is_set():
             turn += 1
             try:
-                self._use(client, f"{number}-{turn}")
+                self._use(client, f"{name}-{turn}")
             except openai.OpenAIError as error:
                 self.failures.append(repr(error))
 

@@ -57,6 +57,7 @@ def programs(folder: Path) -> Path:
     assert caddy.origin is not None
     found = {
         "caddy": Path(caddy.origin).parents[1] / "caddysnake-cli",
+        "weed": Path(sys.executable).parent / "weed",
         "valkey-server": Path(get_binary_path()),
         **{path.name: path for path in BINARIES.iterdir()},
     }
@@ -140,13 +141,16 @@ class Containers:
             (Path(file), f"/run/secrets/{secret}") for secret, file in container.secrets.items()
         ]
 
-    def _roots(self, root: Path) -> list[str]:
+    def _roots(self, container: Container, root: Path) -> list[str]:
         """Shell commands that show the system, Python and the product, and nothing else."""
         lines = [
             "mount --make-rprivate /",
             f"mount -t tmpfs -o mode=755 none {root}",
             f"mkdir -p {root}/etc {root}/opt {root}/run {root}/var",
         ]
+        for entry in container.tmpfs:  # first, as this checkout may be in /tmp
+            path, _, options = entry.partition(":")
+            lines.append(f"mkdir -p {root}{path} && mount -t tmpfs -o {options} none {root}{path}")
         shown = [Path("/", name) for name in SYSTEM if Path("/", name).exists()]
         shown += [Path(sys.base_prefix), ROOT, Path(sys.prefix).resolve()]
         for path in dict.fromkeys(shown):
@@ -170,15 +174,12 @@ class Containers:
         """Shell commands that make the container's root and become its program."""
         root = self.folder / "roots" / container.name
         root.mkdir(parents=True, exist_ok=True)
-        lines = ["set -e", *self._roots(root)]
+        lines = ["set -e", *self._roots(container, root)]
         for source, path in self._mounts(container):
             target = f"{root}{path}"
             lines += self._bound(source, target)
             if path not in container.volumes or source.is_file():
                 lines.append(f"mount -o remount,bind,ro {target}")
-        for entry in container.tmpfs:
-            path, _, options = entry.partition(":")
-            lines.append(f"mkdir -p {root}{path} && mount -t tmpfs -o {options} none {root}{path}")
         if container.hardening["read_only"]:
             lines.append(f"mount -o remount,ro {root}")
         user, _, group = container.user.partition(":")
