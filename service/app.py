@@ -15,6 +15,7 @@ from dar.settings import Settings
 from dar.version import __version__
 from service import keys, migrate
 from service.api import (
+    api_keys,
     attempts,
     checkpoints,
     events,
@@ -68,6 +69,7 @@ ROUTERS = (
         uploads,
         reward_requests,
         retention,
+        api_keys,
     ),
 )
 
@@ -91,6 +93,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ready.notifier,
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
+            after_pass=lambda: ready.key_uses.store(ready.database),
         )
         scrubber = Scrubber(
             ready.database,

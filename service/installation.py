@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from dar.settings import Settings
 from service.secret_box import SecretBox
+from service.store import keys
 from service.store.database import Database
 
 
@@ -20,6 +21,8 @@ class Installation:
     """Signs requests to inline reward URLs."""
     secrets: SecretBox
     """Encrypts and decrypts the secrets of reward endpoints."""
+    key_uses: keys.KeyUses = field(default_factory=keys.KeyUses, kw_only=True)
+    """Last uses of keys that are not stored yet."""
 
 
 async def current(request: Request) -> Installation:

@@ -10,6 +10,7 @@ checkpoint = next(iter(client.checkpoints.list(job.id)))
 client.checkpoints.download(job.id, checkpoint.id, "weights/")
 
 client: `Client`, with one attribute per kind of object.
+api_keys: API keys of users and workers.
 arguments: ids, lists, mappings and files given to methods, as the service takes them.
 transport: HTTP requests, their errors, retries and ``Retry-After``; the worker uses it too.
 checkpoints: checkpoints of a job.

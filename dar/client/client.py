@@ -5,6 +5,7 @@ from typing import Self
 import httpx2
 from pydantic import SecretStr
 
+from dar.client.api_keys import ApiKeys
 from dar.client.arguments import key_of, url_of
 from dar.client.checkpoints import Checkpoints
 from dar.client.files import Files
@@ -82,6 +83,8 @@ class Client:
         """Registered reward services."""
         self.workers = Workers(self._transport)
         """Workers, and orders to them."""
+        self.api_keys = ApiKeys(self._transport)
+        """API keys of users and workers."""
 
     @property
     def base_url(self) -> str:

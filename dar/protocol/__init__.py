@@ -2,6 +2,7 @@
 
 Models, one file per kind of object:
 
+api_keys: API keys, and requests for new ones.
 base: base classes and common types of all models.
 checkpoints: checkpoints, their manifests and files.
 events: events of a job.

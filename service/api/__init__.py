@@ -20,6 +20,7 @@ inputs: files that a worker downloads for its attempt.
 uploads: checkpoints that a worker uploads: announced, sent in parts, verified.
 health: liveness, readiness and Prometheus metrics.
 retention: what would be deleted by age and size.
+api_keys: API keys, for operators: made, listed and revoked.
 paging: query parameters and envelope of lists.
 query: strict query and path parameters.
 """

@@ -153,6 +153,7 @@ class Reconciler:
         notifier: Wakes long polls of changed jobs.
         ttl_seconds: How long a lease is valid.
         pause_seconds: Time between two passes.
+        after_pass: Called after each pass, on every replica.
         monotonic: Clock for durations; replaced in tests.
     """
 
@@ -165,6 +166,7 @@ class Reconciler:
         *,
         ttl_seconds: float,
         pause_seconds: float,
+        after_pass: Callable[[], None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
@@ -173,6 +175,7 @@ class Reconciler:
         self._notifier = notifier
         self._ttl_seconds = ttl_seconds
         self._pause_seconds = pause_seconds
+        self._after_pass = after_pass
         self._monotonic = monotonic
         self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
         self._forward_seconds = 0.0
@@ -317,6 +320,7 @@ class Reconciler:
         while not self._stop.wait(self._pause_seconds):
             try:
                 self.run_once()
+                self._after_pass()
             except (SQLAlchemyError, DARError, OSError) as error:
                 log.warning("reconciler pass failed; the next one tries again", error=str(error))
             except Exception:

@@ -55,6 +55,11 @@ class ApiKeyRow(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    name: Mapped[str | None] = mapped_column(String(64))
+    node: Mapped[str | None] = mapped_column(String(128))
+    """The only node whose workers may use it; None: any, or it is a user's key."""
+    last_used_at: Mapped[datetime | None]
+    """To about a minute (`service.store.keys.KeyUses`)."""
 
 
 class FileRow(Base):
