@@ -33,6 +33,7 @@ from service.api import (
     reward_callbacks,
     reward_endpoints,
     reward_requests,
+    reward_secret,
     reward_stats,
     samples,
     uploads,
@@ -70,6 +71,7 @@ ROUTERS = (
         reward_requests,
         retention,
         api_keys,
+        reward_secret,
     ),
 )
 
@@ -193,7 +195,7 @@ def prepare(settings: Settings) -> Runtime:
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
         telemetry=Telemetry(count_jobs, running_values, count_workers, artifacts.room),
-        reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
+        reward_secrets=keys.checked_reward_secrets(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),
     )

@@ -20,7 +20,7 @@ from dar.errors import ConfigurationError
 from dar.rewards.http import signing
 from dar.settings import Settings
 from service import secret_box
-from service.store import keys, reward_secrets
+from service.store import keys, project_secrets, reward_secrets
 from service.store.database import Database
 
 API_KEY_FILE, WORKER_KEY_FILE, REWARD_SECRET_FILE = "api_key", "worker_key", "reward_secret"
@@ -86,7 +86,7 @@ def configure(settings: Settings, database: Database) -> str:
     previous one.
 
     Returns:
-        The secret that signs requests to inline reward URLs.
+        The secrets that sign requests to inline reward URLs, separated.
 
     Raises:
         ConfigurationError: Other hosts have keys that this host does not have.
@@ -115,19 +115,21 @@ def configure(settings: Settings, database: Database) -> str:
     return reward
 
 
-def checked_reward_secret(secret: str) -> str:
-    """``secret``, which signs requests.
+def checked_reward_secrets(given: str) -> tuple[str, ...]:
+    """The reward secrets of the settings, the newest first.
 
     Raises:
-        ConfigurationError: No request can be signed with it. The message does not show it.
+        ConfigurationError: No request can be signed with one of them. The message does not show it.
     """
+    found = tuple(signing.secrets_in(given))
     try:
-        signing.decode_secret(secret)
+        for secret in found or [""]:
+            signing.decode_secret(secret)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"DAR_REWARD_SECRET (or the file {REWARD_SECRET_FILE}): {error.message}"
         ) from None
-    return secret
+    return found
 
 
 def _record(key: str, scopes: str, *, is_only: bool) -> keys.KeyRecord:
@@ -145,8 +147,9 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
     with database.write() as transaction:
         keys.lock(transaction)
         known = reward_secrets.known_keys(transaction)
-        token = reward_secrets.any_token(transaction)
-        if given is None and known and (database.is_postgresql or token is not None):
+        newest = (reward_secrets.any_token(transaction), project_secrets.token_in_use(transaction))
+        tokens = [token for token in newest if token is not None]
+        if given is None and known and (database.is_postgresql or tokens):
             raise ConfigurationError(
                 f"this database holds secrets under a key that is not in {settings.home}; copy "
                 f"{KEYS_OF_SECRETS_FILE} from another host, or set DAR_SECRET_KEYS"
@@ -156,12 +159,13 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
         digests = [digest(key) for key in found]
         is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
         box = secret_box.SecretBox(found)
-        if is_foreign or (token is not None and not box.is_readable(token)):
+        if is_foreign or not all(map(box.is_readable, tokens)):
             raise ConfigurationError(
                 "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) decrypts what is "
                 "stored in this database; add the one that its secrets were stored under"
             )
         reward_secrets.note_keys(transaction, digests)
+        project_secrets.keep_root(transaction, box)
     return found
 
 

@@ -20,6 +20,7 @@ jobs: jobs, their metrics, samples and events; `wait` for the end of a job.
 models: models that a job may start from.
 paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
+reward_secret: the secret for requests to reward services that jobs name by URL.
 workers: workers of the installation.
 """
 

@@ -12,6 +12,7 @@ from dar.client.files import Files
 from dar.client.jobs import Jobs
 from dar.client.models import Models
 from dar.client.reward_endpoints import RewardEndpoints
+from dar.client.reward_secret import OwnRewardSecret
 from dar.client.transport import Transport
 from dar.client.workers import Workers
 from dar.errors import ConfigurationError
@@ -81,6 +82,8 @@ class Client:
         """Models that jobs can start from."""
         self.reward_endpoints = RewardEndpoints(self._transport)
         """Registered reward services."""
+        self.reward_secret = OwnRewardSecret(self._transport)
+        """Signs requests to reward services that jobs name by URL."""
         self.workers = Workers(self._transport)
         """Workers, and orders to them."""
         self.api_keys = ApiKeys(self._transport)

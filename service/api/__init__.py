@@ -11,6 +11,7 @@ files: uploaded training files.
 models: models that a job may start from.
 graders: graders in OpenAI's shape.
 reward_endpoints: registered reward services: create, change, rotate secrets, probe.
+reward_secret: the secret of a project for requests to inline reward URLs.
 reward_stats: totals and failed requests of a job's rewards.
 reward_callbacks: results that reward services post later, authorized by a token per request.
 reward_requests: reward requests that a worker announces.

@@ -193,7 +193,7 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
         if held is None:
             return None
         try:
-            access = endpoints.access_of(transaction, runtime, held.job.id)
+            access = endpoints.access_of(transaction, runtime, held.job)
         except SecretUnreadableError as error:
             number, code = held.attempt.number, error.error_code
             said = Fail(
@@ -221,7 +221,7 @@ def _lease(
         total_steps=job.total_steps,
         model=ModelSource.model_validate(job.model_source),
         resume_checkpoint_id=attempt.resume_checkpoint_id,
-        reward_secret=runtime.reward_secret,
+        reward_secret=None,
         rewards=access,
     )
 

@@ -22,7 +22,7 @@ from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
 from dar.rewards.http.redaction import check_header_name, check_headers
-from dar.rewards.http.signing import decode_secret
+from dar.rewards.http.signing import decode_secret, secrets_in
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples, probe
 from dar.settings import load_settings
@@ -148,16 +148,17 @@ def _secrets(options: Options) -> list[str]:
     if path is None:
         settings = load_settings()
         if settings.reward_secret is not None:
-            return [settings.reward_secret.get_secret_value()]
+            return secrets_in(settings.reward_secret.get_secret_value())
         path = settings.home / "reward_secret"
         if not path.is_file():
             return []
-    secret = _read(path).strip()
+    secrets = secrets_in(_read(path)) or [""]
     try:
-        decode_secret(secret)
+        for secret in secrets:
+            decode_secret(secret)
     except ConfigurationError as error:
         raise typer.BadParameter(f"{path}: {error.message}") from None
-    return [secret]
+    return secrets
 
 
 def _headers(given: Sequence[str]) -> Mapping[str, str]:
