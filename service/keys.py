@@ -18,6 +18,7 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.rewards.http import signing
+from dar.setting_kinds import is_loopback
 from dar.settings import Settings
 from service import secret_box
 from service.store import keys, project_secrets, reward_secrets
@@ -25,6 +26,8 @@ from service.store.database import Database
 
 API_KEY_FILE, WORKER_KEY_FILE, REWARD_SECRET_FILE = "api_key", "worker_key", "reward_secret"
 KEYS_OF_SECRETS_FILE = "secret_keys"
+SHORTEST_KEY = 16
+"""Characters of a key that an operator has chosen, where others than this machine reach it."""
 USER_SCOPES = "read submit admin"
 WORKER_SCOPES = "worker"
 _KEY = re.compile(r"dar-[sw]k-([0-9A-Za-z]{8,40})-[\w-]{43}", re.ASCII)
@@ -89,8 +92,10 @@ def configure(settings: Settings, database: Database) -> str:
         The secrets that sign requests to inline reward URLs, separated.
 
     Raises:
-        ConfigurationError: Other hosts have keys that this host does not have.
+        ConfigurationError: Other hosts have keys that this host does not have, or a chosen key can
+            be guessed by others that reach this host.
     """
+    _refuse_guessable(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
     with database.write() as transaction:
@@ -113,6 +118,18 @@ def configure(settings: Settings, database: Database) -> str:
         ]
         keys.configure(transaction, records)
     return reward
+
+
+def _refuse_guessable(settings: Settings) -> None:
+    if is_loopback(settings.host):
+        return
+    for name, value in (("DAR_API_KEY", settings.api_key), ("DAR_WORKER_KEY", settings.worker_key)):
+        if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
+            raise ConfigurationError(
+                f"{name} is too short for a service that others reach ({settings.host}): a key that "
+                f"you choose needs {SHORTEST_KEY} characters; leave it unset and the first start "
+                "makes one"
+            )
 
 
 def checked_reward_secrets(given: str) -> tuple[str, ...]:
