@@ -185,6 +185,14 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if is_bare else f"{host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a service that listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def reachable_url(host: str, port: int) -> str:
     """The URL under which this machine reaches a service that listens on ``host``."""
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound

@@ -200,8 +200,8 @@ class Settings(BaseSettings):
     ``trl-lib/*``."""
 
     reward_secret: Secret = None
-    """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
-    ``$DAR_HOME/reward_secret``."""
+    """Secret (``whsec_…``) that signs requests to inline reward URLs, or several, separated by
+    commas, the newest first; default: the content of ``$DAR_HOME/reward_secret``."""
 
     egress_allow_hosts: Hosts = ()
     """Comma-separated hosts of reward services that may have private addresses, like

@@ -33,8 +33,8 @@ from service.backup.manifest import BackupManifest
 from service.http import connections, log
 from service.secret_box import SecretBox
 from service.storage.opening import open_storage
-from service.store import reward_secrets
-from service.store.database import Database
+from service.store import project_secrets, reward_secrets
+from service.store.database import Database, Transaction
 
 GRACE_SECONDS = 4
 """How long a running request may take to end when the service stops."""
@@ -130,7 +130,12 @@ def _rotate_secrets(settings: Settings) -> int:
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
     secrets = SecretBox(keys.secret_keys(settings, database))
-    count = database.transact(lambda transaction: reward_secrets.rotate(transaction, secrets))
+
+    def work(transaction: Transaction) -> int:
+        project_secrets.renew(transaction, secrets)
+        return reward_secrets.rotate(transaction, secrets)
+
+    count = database.transact(work)
     structlog.get_logger().info("secrets are stored under the newest key", count=count)
     database.close()
     return 0

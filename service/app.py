@@ -15,6 +15,7 @@ from dar.settings import Settings
 from dar.version import __version__
 from service import keys, migrate
 from service.api import (
+    api_keys,
     attempts,
     checkpoints,
     events,
@@ -32,6 +33,7 @@ from service.api import (
     reward_callbacks,
     reward_endpoints,
     reward_requests,
+    reward_secret,
     reward_stats,
     samples,
     uploads,
@@ -69,6 +71,8 @@ ROUTERS = (
         uploads,
         reward_requests,
         retention,
+        api_keys,
+        reward_secret,
     ),
 )
 
@@ -92,6 +96,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ready.notifier,
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
+            after_pass=lambda: ready.key_uses.store(ready.database),
         )
         scrubber = Scrubber(
             ready.database,
@@ -192,7 +197,7 @@ def prepare(settings: Settings) -> Runtime:
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
         telemetry=Telemetry(count_jobs, running_values, count_workers, artifacts.room),
-        reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
+        reward_secrets=keys.checked_reward_secrets(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),
     )

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from dar.settings import Settings
 from service.secret_box import SecretBox
+from service.store import keys
 from service.store.database import Database
 
 
@@ -16,10 +17,13 @@ class Installation:
 
     settings: Settings
     database: Database
-    reward_secret: str = field(repr=False)
-    """Signs requests to inline reward URLs."""
+    reward_secrets: tuple[str, ...] = field(repr=False)
+    """Reward secrets of the settings, the newest first. They sign the first project's requests to
+    inline reward URLs until its secret is rotated (`service.store.project_secrets`)."""
     secrets: SecretBox
     """Encrypts and decrypts the secrets of reward endpoints."""
+    key_uses: keys.KeyUses = field(default_factory=keys.KeyUses, kw_only=True)
+    """Last uses of keys that are not stored yet."""
 
 
 async def current(request: Request) -> Installation:

@@ -18,13 +18,16 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.rewards.http import signing
+from dar.setting_kinds import is_loopback
 from dar.settings import Settings
 from service import secret_box
-from service.store import keys, reward_secrets
+from service.store import keys, project_secrets, reward_secrets
 from service.store.database import Database
 
 API_KEY_FILE, WORKER_KEY_FILE, REWARD_SECRET_FILE = "api_key", "worker_key", "reward_secret"
 KEYS_OF_SECRETS_FILE = "secret_keys"
+SHORTEST_KEY = 16
+"""Characters of a key that an operator has chosen, where others than this machine reach it."""
 USER_SCOPES = "read submit admin"
 WORKER_SCOPES = "worker"
 _KEY = re.compile(r"dar-[sw]k-([0-9A-Za-z]{8,40})-[\w-]{43}", re.ASCII)
@@ -86,11 +89,13 @@ def configure(settings: Settings, database: Database) -> str:
     previous one.
 
     Returns:
-        The secret that signs requests to inline reward URLs.
+        The secrets that sign requests to inline reward URLs, separated.
 
     Raises:
-        ConfigurationError: Other hosts have keys that this host does not have.
+        ConfigurationError: Other hosts have keys that this host does not have, or a chosen key can
+            be guessed by others that reach this host.
     """
+    _refuse_guessable(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
     with database.write() as transaction:
@@ -115,19 +120,33 @@ def configure(settings: Settings, database: Database) -> str:
     return reward
 
 
-def checked_reward_secret(secret: str) -> str:
-    """``secret``, which signs requests.
+def _refuse_guessable(settings: Settings) -> None:
+    if is_loopback(settings.host):
+        return
+    for name, value in (("DAR_API_KEY", settings.api_key), ("DAR_WORKER_KEY", settings.worker_key)):
+        if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
+            raise ConfigurationError(
+                f"{name} is too short for a service that others reach ({settings.host}): a key that "
+                f"you choose needs {SHORTEST_KEY} characters; leave it unset and the first start "
+                "makes one"
+            )
+
+
+def checked_reward_secrets(given: str) -> tuple[str, ...]:
+    """The reward secrets of the settings, the newest first.
 
     Raises:
-        ConfigurationError: No request can be signed with it. The message does not show it.
+        ConfigurationError: No request can be signed with one of them. The message does not show it.
     """
+    found = tuple(signing.secrets_in(given))
     try:
-        signing.decode_secret(secret)
+        for secret in found or [""]:
+            signing.decode_secret(secret)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"DAR_REWARD_SECRET (or the file {REWARD_SECRET_FILE}): {error.message}"
         ) from None
-    return secret
+    return found
 
 
 def _record(key: str, scopes: str, *, is_only: bool) -> keys.KeyRecord:
@@ -145,8 +164,9 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
     with database.write() as transaction:
         keys.lock(transaction)
         known = reward_secrets.known_keys(transaction)
-        token = reward_secrets.any_token(transaction)
-        if given is None and known and (database.is_postgresql or token is not None):
+        newest = (reward_secrets.any_token(transaction), project_secrets.token_in_use(transaction))
+        tokens = [token for token in newest if token is not None]
+        if given is None and known and (database.is_postgresql or tokens):
             raise ConfigurationError(
                 f"this database holds secrets under a key that is not in {settings.home}; copy "
                 f"{KEYS_OF_SECRETS_FILE} from another host, or set DAR_SECRET_KEYS"
@@ -156,12 +176,13 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
         digests = [digest(key) for key in found]
         is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
         box = secret_box.SecretBox(found)
-        if is_foreign or (token is not None and not box.is_readable(token)):
+        if is_foreign or not all(map(box.is_readable, tokens)):
             raise ConfigurationError(
                 "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) decrypts what is "
                 "stored in this database; add the one that its secrets were stored under"
             )
         reward_secrets.note_keys(transaction, digests)
+        project_secrets.keep_root(transaction, box)
     return found
 
 

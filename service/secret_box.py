@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from dar.errors import ConfigurationError, SecretUnreadableError
 from dar.rewards.http import egress
 
 VERSION = 1
+DERIVED_BYTES = 32
 FINGERPRINT_CHARACTERS = 16
 
 
@@ -114,6 +117,11 @@ class SecretBox:
         """Identifies a value at one endpoint; keyed, so that short values cannot be guessed."""
         content = f"{binding.endpoint_id}\n{value}".encode()
         return hmac.digest(self._fingerprint_key, content, "sha256").hex()[:FINGERPRINT_CHARACTERS]
+
+
+def derived(root: bytes, use: str) -> bytes:
+    """A secret for ``use`` (HKDF-SHA256). Neither ``root`` nor other uses follow from it."""
+    return HKDF(SHA256(), DERIVED_BYTES, salt=None, info=f"dar v1\n{use}".encode()).derive(root)
 
 
 def new_key() -> str:

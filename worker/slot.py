@@ -164,8 +164,8 @@ class Slot:
         message = None if error is None else error.message
         if isinstance(error, AuthenticationError | PermissionDeniedError):
             log.error(
-                "the service rejects the worker key: set DAR_WORKER_KEY to the content of its "
-                "$DAR_HOME/worker_key",
+                "the service rejects the worker key: set DAR_WORKER_KEY to one that was made for "
+                "this node (dar keys create), or to the content of its $DAR_HOME/worker_key",
                 service=self._settings.service_url,
                 error=message,
             )

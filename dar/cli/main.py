@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dar.cli.keys import keys_app
 from dar.cli.reward.main import reward_app
 from dar.demo.tasks import TASKS, TaskName
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 app.add_typer(reward_app)
+app.add_typer(keys_app)
 
 storage_app = typer.Typer(
     name="storage",

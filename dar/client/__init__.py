@@ -10,6 +10,7 @@ checkpoint = next(iter(client.checkpoints.list(job.id)))
 client.checkpoints.download(job.id, checkpoint.id, "weights/")
 
 client: `Client`, with one attribute per kind of object.
+api_keys: API keys of users and workers.
 arguments: ids, lists, mappings and files given to methods, as the service takes them.
 transport: HTTP requests, their errors, retries and ``Retry-After``; the worker uses it too.
 checkpoints: checkpoints of a job.
@@ -19,6 +20,7 @@ jobs: jobs, their metrics, samples and events; `wait` for the end of a job.
 models: models that a job may start from.
 paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
+reward_secret: the secret for requests to reward services that jobs name by URL.
 workers: workers of the installation.
 """
 

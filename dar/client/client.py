@@ -5,12 +5,14 @@ from typing import Self
 import httpx2
 from pydantic import SecretStr
 
+from dar.client.api_keys import ApiKeys
 from dar.client.arguments import key_of, url_of
 from dar.client.checkpoints import Checkpoints
 from dar.client.files import Files
 from dar.client.jobs import Jobs
 from dar.client.models import Models
 from dar.client.reward_endpoints import RewardEndpoints
+from dar.client.reward_secret import OwnRewardSecret
 from dar.client.transport import Transport
 from dar.client.workers import Workers
 from dar.errors import ConfigurationError
@@ -80,8 +82,12 @@ class Client:
         """Models that jobs can start from."""
         self.reward_endpoints = RewardEndpoints(self._transport)
         """Registered reward services."""
+        self.reward_secret = OwnRewardSecret(self._transport)
+        """Signs requests to reward services that jobs name by URL."""
         self.workers = Workers(self._transport)
         """Workers, and orders to them."""
+        self.api_keys = ApiKeys(self._transport)
+        """API keys of users and workers."""
 
     @property
     def base_url(self) -> str:

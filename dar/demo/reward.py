@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from dar.rewards.http.signing import secrets_in
 from dar.rewards.server import serve
 from dar.settings import load_settings
 from dar.training.demo.languages import balanced
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--task", choices=REWARDS, default="reviews")
     arguments = parser.parse_args()
     settings = load_settings()
-    secret = settings.secret_from(settings.reward_secret, "reward_secret")
+    text = settings.secret_from(settings.reward_secret, "reward_secret")
+    secret = None if text is None else secrets_in(text)
     serve(REWARDS[arguments.task], host="127.0.0.1", port=arguments.port, secret=secret)
 
 

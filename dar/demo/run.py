@@ -35,6 +35,7 @@ from dar.processes import Child, Processes, answers, free_port, require
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.rewards.base import RewardContext, RewardSample
+from dar.rewards.http.signing import secrets_in
 from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.settings import environment, load_settings
 
@@ -322,8 +323,8 @@ def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
         reward_url = start_reward_service(processes, home, task)
         screen.done("processes", f"service, Valkey, worker at {url}; rewards at {reward_url}")
         key = settings.secret_from(settings.api_key, "api_key")
-        secret = settings.secret_from(settings.reward_secret, "reward_secret")
-        assert secret is not None  # the service writes the file before it is ready
+        # The service writes the file before it is ready.
+        secret, *_ = secrets_in(settings.secret_from(settings.reward_secret, "reward_secret") or "")
         with Client(api_key=key, base_url=url) as client:
             with watch.part("job"):
                 job = train(screen, client, base / "prompts.jsonl", reward_url, task)

@@ -2,6 +2,7 @@
 
 Models, one file per kind of object:
 
+api_keys: API keys, and requests for new ones.
 base: base classes and common types of all models.
 checkpoints: checkpoints, their manifests and files.
 events: events of a job.
@@ -15,6 +16,7 @@ retention: what would be deleted by age and size.
 reward_callbacks: responses to results that a reward service posts.
 reward_endpoints: registered reward services.
 reward_probe: the report of a probe.
+reward_secret: the secret for requests to reward services that jobs name by URL.
 reward_spec: the ``rewards`` of a job spec.
 reward_stats: statistics of reward requests.
 rewards: ``dar.reward.v1``, requests to a reward service and its responses.

@@ -97,7 +97,7 @@ class ModelSource(Output):
 
 
 class ComponentAccess(Output):
-    """URL and secrets of a component's registered endpoint; kept in memory only."""
+    """URL and secrets of a component's reward service; kept in memory only."""
 
     url: str
     secrets: Annotated[list[str], Field(repr=False)]
@@ -128,9 +128,10 @@ class Lease(Output):
     model: ModelSource
     resume_checkpoint_id: str | None
     reward_secret: str | None
-    """Signs requests to inline reward URLs; kept in memory only."""
+    """Null: ``rewards`` has the secrets. A service of an earlier version sends its secret for all
+    inline URLs."""
     rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
-    """Access by component name, for components with a registered endpoint."""
+    """Access to the reward services of this job, by component name."""
 
 
 class InputFile(Output):

@@ -11,6 +11,7 @@ files: uploaded training files.
 models: models that a job may start from.
 graders: graders in OpenAI's shape.
 reward_endpoints: registered reward services: create, change, rotate secrets, probe.
+reward_secret: the secret of a project for requests to inline reward URLs.
 reward_stats: totals and failed requests of a job's rewards.
 reward_callbacks: results that reward services post later, authorized by a token per request.
 reward_requests: reward requests that a worker announces.
@@ -20,6 +21,7 @@ inputs: files that a worker downloads for its attempt.
 uploads: checkpoints that a worker uploads: announced, sent in parts, verified.
 health: liveness, readiness and Prometheus metrics.
 retention: what would be deleted by age and size.
+api_keys: API keys, for operators: made, listed and revoked.
 paging: query parameters and envelope of lists.
 query: strict query and path parameters.
 """

@@ -10,6 +10,7 @@ from dar.errors import (
     ConflictError,
     FencedError,
     InvalidRequestError,
+    PermissionDeniedError,
     Problem,
     SecretUnreadableError,
 )
@@ -62,8 +63,15 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release, is_of_worker=True))]
     response_model=Lease,
     responses={204: {"description": "No job is due."}, **FENCED},
 )
-def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
+def claim(runtime: CurrentRuntime, who: Worker, body: ClaimBody) -> Lease | Response:
     """Claim the job that has been in the queue longest of those that the worker can run."""
+    if not who.may_act_for(body.node):
+        raise PermissionDeniedError(
+            f"this key is for workers of node {who.node!r}, and this one says that it is on "
+            f"{body.node!r}; make a key for it (dar keys create --scope worker --node …), or "
+            "correct DAR_NODE",
+            code="wrong_node",
+        )
     while True:
         found = _claim_once(runtime, body)
         if found is None:
@@ -185,7 +193,7 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
         if held is None:
             return None
         try:
-            access = endpoints.access_of(transaction, runtime, held.job.id)
+            access = endpoints.access_of(transaction, runtime, held.job)
         except SecretUnreadableError as error:
             number, code = held.attempt.number, error.error_code
             said = Fail(
@@ -213,7 +221,7 @@ def _lease(
         total_steps=job.total_steps,
         model=ModelSource.model_validate(job.model_source),
         resume_checkpoint_id=attempt.resume_checkpoint_id,
-        reward_secret=runtime.reward_secret,
+        reward_secret=None,
         rewards=access,
     )
 

@@ -25,6 +25,7 @@ from dar.protocol.reward_endpoints import (
     check_options,
 )
 from dar.protocol.reward_probe import ProbeReport
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.http.egress import EgressPolicy, parse_url
 from dar.rewards.http.signing import decode_secret
 from dar.rewards.probe.client import ProbeTarget
@@ -183,7 +184,7 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         )
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
-    access = endpoints.inline_access(runtime, component.url)
+    access = await run_in_threadpool(_inline, runtime, user, component.url)
     target = endpoints.probe_target(runtime.settings, component, access, runtime.probe_inbox)
     return await probing.report_on(target, as_samples(body.samples), light=body.light)
 
@@ -299,6 +300,11 @@ def _set_options(endpoint: tables.RewardEndpointRow, sent: dict[str, Any]) -> No
         raise InvalidRequestError(str(error), code="endpoint_options") from None
     endpoint.protocol = options.pop("protocol", "dar.reward.v1")
     endpoint.options = options
+
+
+def _inline(runtime: Runtime, user: User, url: str) -> ComponentAccess:
+    with runtime.database.read() as transaction:
+        return endpoints.inline_access(transaction, runtime, user.project_id, url)
 
 
 def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget, int]:

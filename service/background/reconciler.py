@@ -153,6 +153,7 @@ class Reconciler(PeriodicThread):
         notifier: Wakes long polls of changed jobs.
         ttl_seconds: How long a lease is valid.
         pause_seconds: Time between two passes.
+        after_pass: Called after each pass, on every replica.
         monotonic: Clock for durations; replaced in tests.
     """
 
@@ -165,6 +166,7 @@ class Reconciler(PeriodicThread):
         *,
         ttl_seconds: float,
         pause_seconds: float,
+        after_pass: Callable[[], None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__("reconciler", pause_seconds=pause_seconds)
@@ -173,6 +175,7 @@ class Reconciler(PeriodicThread):
         self._waker = waker
         self._notifier = notifier
         self._ttl_seconds = ttl_seconds
+        self._after_pass = after_pass
         self._monotonic = monotonic
         self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
         self._forward_seconds = 0.0
@@ -183,6 +186,10 @@ class Reconciler(PeriodicThread):
 
     def run_once(self) -> None:
         """Make one pass. What it finds is done if this replica is elected."""
+        self._pass()
+        self._after_pass()
+
+    def _pass(self) -> None:
         try:
             found = self._look()
         except SQLAlchemyError:

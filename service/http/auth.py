@@ -1,19 +1,19 @@
 """Authentication and scopes: keys of users and of workers, and tokens of attempts."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import structlog
 from fastapi import Depends, Request
 
 from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
+from dar.protocol.api_keys import Scope
 from service import keys
 from service.installation import CurrentInstallation, Installation
 from service.store import fence
 from service.store import keys as key_store
 
 log = structlog.get_logger()
-Scope = Literal["read", "submit", "admin", "worker"]
 OTHER_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 """Headers in which other services take a key."""
 HINT = "send 'Authorization: Bearer <key>'; by default it is in $DAR_HOME/api_key"
@@ -26,6 +26,12 @@ class Principal:
     key_id: str
     project_id: str | None
     scopes: frozenset[str]
+    node: str | None
+    """The only node whose workers may use the key; None: any."""
+
+    def may_act_for(self, node: str) -> bool:
+        """Whether the key may be used by workers of ``node``."""
+        return self.node in {None, node}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,21 @@ def principal(request: Request, installation: CurrentInstallation) -> Principal:
     """
     key = bearer(request)
     with installation.database.read() as transaction:
-        record = key_store.find(transaction, keys.key_id(key))
+        record = key_store.look_up(transaction, keys.key_id(key))
+        now = transaction.now
     # An unknown id is compared too, so that both errors take the same time.
     if not keys.is_equal(key, record.sha256 if record else keys.digest("")) or record is None:
         raise AuthenticationError(f"the API key is not known here; {HINT}")
-    return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
+    # Only who has the key hears more about it.
+    state = key_store.state_of(record, now)
+    if state != "valid":
+        raise AuthenticationError(
+            f"the API key {record.id} {'has expired' if state == 'expired' else 'was revoked'}; "
+            "an operator can make another one (dar keys create)",
+            code=f"{state}_api_key",
+        )
+    installation.key_uses.note(record.id, now)
+    return Principal(record.id, record.project_id, frozenset(record.scopes.split()), record.node)
 
 
 def authenticate(request: Request, installation: Installation) -> None:
@@ -159,12 +175,13 @@ def lease_sender(lease_id: str, request: Request, installation: CurrentInstallat
     Raises:
         AuthenticationError: The credential is unknown.
         PermissionDeniedError: It is a user's key.
-        NotFoundError: It is another attempt's token, or the attempt ran on another node.
+        NotFoundError: It is another attempt's token, or the attempt ran on another node than the
+            header names or the key is bound to.
     """
     token = bearer(request)
     if keys.lease_of_token(token) is not None:
         return lease_holder(lease_id, request, installation)
-    worker(principal(request, installation))
+    who = worker(principal(request, installation))
     try:
         with installation.database.read() as transaction:
             attempt = fence.find(transaction, lease_id)
@@ -178,7 +195,8 @@ def lease_sender(lease_id: str, request: Request, installation: CurrentInstallat
             lease_id=lease_id,
         )
         raise
-    if attempt.node != request.headers.get("x-dar-node"):
+    named = request.headers.get("x-dar-node")
+    if attempt.node != named or not who.may_act_for(attempt.node):
         raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
     return lease_id
 

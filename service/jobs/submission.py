@@ -271,7 +271,9 @@ def _probes(
         endpoint = resolved.endpoints.get(component.name)
         if endpoint is None:
             assert component.url is not None
-            place, access = "url", endpoints.inline_access(runtime, component.url)
+            project_id = submission.user.project_id
+            access = endpoints.inline_access(transaction, runtime, project_id, component.url)
+            place = "url"
         else:
             place = "endpoint"
             access = endpoints.access_to(transaction, runtime.secrets, endpoint)

@@ -16,7 +16,7 @@ from dar.settings import Settings
 from service.http import errors
 from service.installation import Installation
 from service.secret_box import SecretBox
-from service.store import reward_endpoints, reward_secrets
+from service.store import project_secrets, reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow
 from service.store.tables import JobRow
@@ -116,23 +116,37 @@ def access_to(
 
 
 def access_of(
-    transaction: Transaction, installation: Installation, job_id: str
+    transaction: Transaction, installation: Installation, job: JobRow
 ) -> dict[str, ComponentAccess]:
-    """URL and secrets of a job's endpoints by component name; only for the lease of an attempt.
+    """URL and secrets of a job's reward services by component; only for the lease of an attempt.
 
     Raises:
         SecretUnreadableError: A secret cannot be decrypted, or an endpoint was deleted.
     """
-    found = reward_endpoints.of_job(transaction, job_id)
-    return {
+    registered = reward_endpoints.of_job(transaction, job.id)
+    found = {
         name: access_to(transaction, installation.secrets, endpoint)
-        for name, endpoint in found.items()
+        for name, endpoint in registered.items()
     }
+    rewards = job.parsed_spec.dar.rewards
+    for component in [] if rewards is None else rewards.components:
+        if component.kind == "http" and component.url is not None:
+            access = inline_access(transaction, installation, job.project_id, component.url)
+            found.setdefault(component.name, access)
+    return found
 
 
-def inline_access(installation: Installation, url: str) -> ComponentAccess:
-    """Access to a service that a component names by its URL."""
-    return ComponentAccess(url=url, secrets=[installation.reward_secret], headers={})
+def inline_access(
+    transaction: Transaction, installation: Installation, project_id: str, url: str
+) -> ComponentAccess:
+    """Access to a service that a component of a project's job names by its URL.
+
+    Raises:
+        SecretUnreadableError: The project's secret cannot be decrypted.
+    """
+    configured = installation.reward_secrets
+    found = project_secrets.secrets_of(transaction, installation.secrets, configured, project_id)
+    return ComponentAccess(url=url, secrets=found.values, headers={})
 
 
 def probe_target(
@@ -152,13 +166,13 @@ def access_for(
     """Access for the service's own checks; None: no reward service, or unreadable secrets."""
     if component.kind != "http":
         return None
-    if component.url is not None:
-        return inline_access(installation, component.url)
     with installation.database.read() as transaction:
-        endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
-        if endpoint is None:
-            return None
         try:
-            return access_to(transaction, installation.secrets, endpoint)
+            if component.url is not None:
+                return inline_access(transaction, installation, job.project_id, component.url)
+            endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
+            return (
+                None if endpoint is None else access_to(transaction, installation.secrets, endpoint)
+            )
         except SecretUnreadableError:
             return None

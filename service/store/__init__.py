@@ -24,6 +24,7 @@ retention: what is older or larger than the settings allow, and the rows of dele
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.
+project_secrets: secrets that sign requests to inline reward URLs, one for each project.
 metrics: metrics of a job.
 logs: the ends of trainers' logs.
 samples: completions of a job that were kept.

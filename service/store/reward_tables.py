@@ -65,6 +65,16 @@ class JobEndpointRow(Base):
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("reward_endpoints.id"), index=True)
 
 
+class InstallationSecretRow(Base):
+    """A secret that the service needs itself, encrypted (`service.store.project_secrets`)."""
+
+    __tablename__ = "installation_secrets"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    token: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime]
+
+
 class SecretKeyRow(Base):
     """Digest of a key that encrypts secrets; a host without the key fails at its start."""
 

@@ -25,6 +25,7 @@ from dar.protocol.spec import JobSpec
 from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store.columns import Base as Base
 from service.store.columns import Id, RowId, quoted
+from service.store.reward_tables import InstallationSecretRow as InstallationSecretRow
 from service.store.reward_tables import JobEndpointRow as JobEndpointRow
 from service.store.reward_tables import RewardDeliveryRow as RewardDeliveryRow
 from service.store.reward_tables import RewardEndpointRow as RewardEndpointRow
@@ -40,6 +41,10 @@ class ProjectRow(Base):
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     created_at: Mapped[datetime]
+    reward_generation: Mapped[int] = mapped_column(default=0)
+    """How often its reward secret was rotated (`service.store.project_secrets`)."""
+    old_reward_secret_until: Mapped[datetime | None]
+    """Until when the secret before the last rotation signs too."""
 
 
 class ApiKeyRow(Base):
@@ -58,6 +63,11 @@ class ApiKeyRow(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    name: Mapped[str | None] = mapped_column(String(64))
+    node: Mapped[str | None] = mapped_column(String(128))
+    """The only node whose workers may use it; None: any, or it is a user's key."""
+    last_used_at: Mapped[datetime | None]
+    """To about a minute (`service.store.keys.KeyUses`)."""
 
 
 class FileRow(Base):

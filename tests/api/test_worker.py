@@ -25,7 +25,8 @@ def test_a_job_from_claim_to_download(live: Live) -> None:
     job_id, lease = live.running(seed=3)
     assert lease.body["total_steps"] == 4
     assert lease.body["seed"] == 3
-    assert lease.body["reward_secret"].startswith("whsec_")
+    assert lease.body["reward_secret"] is None
+    assert lease.body["rewards"]["letters"]["secrets"] == [live.key("reward_secret")]
     model, entry = sorted(lease.http.get("/inputs").json()["files"], key=lambda file: file["name"])
     assert (model["name"], entry["name"]) == ("model/config.json", "training_file")
     assert lease.http.get("/inputs/model/config.json").content == b"{}"

@@ -1,4 +1,4 @@
-"""Every test that docs/pitfalls.md and docs/hostile.md name is there."""
+"""Every test that docs/pitfalls.md, docs/hostile.md and docs/security.md name is there."""
 
 import ast
 import re
@@ -10,7 +10,9 @@ TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
 
 
-@pytest.mark.parametrize(("page", "rows"), [("pitfalls.md", 17), ("hostile.md", 35)])
+@pytest.mark.parametrize(
+    ("page", "rows"), [("pitfalls.md", 17), ("hostile.md", 35), ("security.md", 18)]
+)
 def test_every_mistake_has_tests_that_exist(page: str, rows: int) -> None:
     found = re.findall(r"^\| (\d+) \|(.*)$", (DOCS / page).read_text(), re.MULTILINE)
     assert [int(number) for number, _ in found] == list(range(1, rows + 1))

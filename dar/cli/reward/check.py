@@ -1,7 +1,6 @@
 """``dar reward check``: from the options to a probe, and from its report to the exit code."""
 
 import asyncio
-import ipaddress
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,10 @@ from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
 from dar.rewards.http.redaction import check_header_name, check_headers
-from dar.rewards.http.signing import decode_secret
+from dar.rewards.http.signing import decode_secret, secrets_in
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples, probe
+from dar.setting_kinds import is_loopback
 from dar.settings import load_settings
 
 EXIT_ERRORS = 1
@@ -100,18 +100,10 @@ async def _probe_here(
     target: ProbeTarget, samples: Sequence[ProbeSample] | None, options: Options
 ) -> ProbeReport:
     given = as_samples(samples)
-    if target.component.reply != "either" or not _is_loopback(target.url):
+    if target.component.reply != "either" or not is_loopback(parse_url(target.url, None).host):
         return await probe(target, given, light=options.is_light)
     async with listening() as inbox:
         return await probe(replace(target, inbox=inbox), given, light=options.is_light)
-
-
-def _is_loopback(url: str) -> bool:
-    host = parse_url(url, None).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _target(url: str, options: Options, samples: Sequence[ProbeSample] | None) -> ProbeTarget:
@@ -148,16 +140,17 @@ def _secrets(options: Options) -> list[str]:
     if path is None:
         settings = load_settings()
         if settings.reward_secret is not None:
-            return [settings.reward_secret.get_secret_value()]
+            return secrets_in(settings.reward_secret.get_secret_value())
         path = settings.home / "reward_secret"
         if not path.is_file():
             return []
-    secret = _read(path).strip()
+    secrets = secrets_in(_read(path)) or [""]
     try:
-        decode_secret(secret)
+        for secret in secrets:
+            decode_secret(secret)
     except ConfigurationError as error:
         raise typer.BadParameter(f"{path}: {error.message}") from None
-    return [secret]
+    return secrets
 
 
 def _headers(given: Sequence[str]) -> Mapping[str, str]:

@@ -24,8 +24,8 @@ Service = Annotated[
 SecretFile = Annotated[
     Path | None,
     typer.Option(
-        help="File with the secret (whsec_…) that signs requests; default $DAR_REWARD_SECRET, else "
-        "$DAR_HOME/reward_secret if it exists."
+        help="File with the secret (whsec_…) that signs requests, or with several, one a line; "
+        "default $DAR_REWARD_SECRET, else $DAR_HOME/reward_secret if it exists."
     ),
 ]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Do not sign requests.")]
@@ -121,8 +121,8 @@ ScorePath = Annotated[str | None, typer.Option("--path", help="Path of requests;
 SecretFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        help="File with an accepted secret (whsec_…); repeatable. Default $DAR_REWARD_SECRET, else "
-        "$DAR_HOME/reward_secret."
+        help="File with an accepted secret (whsec_…), or with several, one a line; repeatable. "
+        "Default $DAR_REWARD_SECRET, else $DAR_HOME/reward_secret."
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Answer every request, signed or not.")]
@@ -180,3 +180,25 @@ def serve(
         is_insecure=insecure,
         options={name: value for name, value in options.items() if value is not None},
     )
+
+
+@reward_app.command("rotate-secret")
+def rotate_secret(
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of a reward service that gets the new secret as its first line, and keeps the "
+            "old one as its second; default: the secret is printed."
+        ),
+    ] = None,
+    drop_old: Annotated[
+        bool,
+        typer.Option("--drop-old", help="Do not sign with the old secret for another 24 hours."),
+    ] = False,
+) -> None:
+    """Make a new secret for the project's requests to reward services that jobs name by URL.
+
+    The secret of a registered endpoint is rotated with the SDK or over HTTP. Needs a key of scope
+    admin.
+    """
+    import_module("dar.cli.reward.secret").run(secret_file, is_overlapping=not drop_old)

@@ -12,6 +12,7 @@ import typer
 
 from dar.errors import ConfigurationError
 from dar.processes import require
+from dar.rewards.http.signing import secrets_in
 from dar.settings import load_settings
 
 TARGET = "MODULE:FUNCTION"
@@ -120,10 +121,10 @@ def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
             raise typer.BadParameter("use this option or --insecure", param_hint="--secret-file")
         return []
     if files:
-        return [_read(file.expanduser()) for file in files]
+        return [secret for file in files for secret in _read(file.expanduser())]
     settings = load_settings()
     if settings.reward_secret is not None:
-        return [settings.reward_secret.get_secret_value()]
+        return secrets_in(settings.reward_secret.get_secret_value())
     file = settings.home / "reward_secret"
     if not file.exists():
         raise typer.BadParameter(
@@ -131,12 +132,12 @@ def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
             "--insecure to answer every request",
             param_hint="--secret-file",
         )
-    return [_read(file)]
+    return _read(file)
 
 
-def _read(file: Path) -> str:
+def _read(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return secrets_in(file.read_text(encoding="utf-8")) or [""]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigurationError(f"the secret in {file} cannot be read: {reason}") from None

@@ -21,6 +21,11 @@ _MAX_ENTRIES = 16
 """Signatures that are checked; a rotation needs two."""
 
 
+def secrets_in(text: str) -> list[str]:
+    """The secrets in a setting or a file, the newest first: one a line, or separated by commas."""
+    return text.replace(",", " ").split()
+
+
 def decode_secret(secret: str) -> bytes:
     """The key bytes in ``whsec_…``.
 

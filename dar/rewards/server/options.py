@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 
 from dar.errors import ConfigurationError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
-from dar.rewards.http.signing import decode_secret
+from dar.rewards.http.signing import decode_secret, secrets_in
 
 CALLS = 1
 """Default concurrency of a plain function, which need not be thread-safe."""
@@ -24,7 +24,7 @@ class ServerOptions(TypedDict, total=False):
     """``whsec_…``, or several during a rotation. A request that none of them signed gets a 401;
     answers are signed with all."""
     secret_file: str | Path | Sequence[str | Path] | None
-    """One or several files with a secret; ``~`` is expanded."""
+    """One or several files with one or several secrets, one a line; ``~`` is expanded."""
     path: str
     """Path of reward requests, with or without escapes; default ``/score``. Later results are at
     ``results/<request id>`` next to it."""
@@ -101,7 +101,8 @@ class CheckedOptions:
         secrets = [self.secret] if isinstance(self.secret, str) else list(self.secret or ())
         files = self.secret_file
         for file in [files] if isinstance(files, str | Path) else files or ():
-            secrets.append(Path(file).expanduser().read_text(encoding="utf-8").strip())
+            found = secrets_in(Path(file).expanduser().read_text(encoding="utf-8"))
+            secrets += found or [""]  # an empty file is no reason to accept every request
         return tuple(map(decode_secret, secrets))
 
     def calls(self, *, is_coroutine: bool) -> int:

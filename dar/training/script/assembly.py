@@ -15,6 +15,7 @@ from dar.errors import InvalidRequestError
 from dar.protocol import target_patterns
 from dar.protocol.spec import LoraSpec
 from dar.rewards.functions import RewardFunction
+from dar.rewards.http.signing import secrets_in
 from dar.settings import Settings
 from dar.training.config.config import DARConfig
 from dar.training.data.sets import is_one_split, open_rows
@@ -66,6 +67,7 @@ def build(
             is_offline=offline,
             token=token,
         )
+    secrets = settings.secret_from(settings.reward_secret, "reward_secret")
     trainer = DARTrainer(
         _model(script, config, is_offline=offline),
         config,
@@ -73,7 +75,7 @@ def build(
         functions or None,
         reward_model=list(script.reward_model_name_or_path) or None,
         reward_weights=script.reward_weights or None,
-        reward_secret=settings.secret_from(settings.reward_secret, "reward_secret"),
+        reward_secret=next(iter(secrets_in(secrets or "")), None),
         processing_class=loading.load_tokenizer(
             script.model_name_or_path, is_offline=offline, token=token
         ),
