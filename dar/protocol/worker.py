@@ -35,6 +35,9 @@ NAME_TAKEN = "worker_name_taken"
 MOST_DEVICES = 256
 
 
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class WorkerFault(Input):
     """Why a worker can run no job."""
 
@@ -94,6 +97,8 @@ class ModelSource(Output):
     """A fine-tuned model with full weights; its files are the inputs ``model/…``."""
     adapter_ids: list[str]
     """Adapters to merge in this order; their files are the inputs ``adapters/<n>/…``."""
+    revisions: dict[str, str] = Field(default_factory=dict)
+    """Commits of the hub's models with which the job was begun, by hub id."""
 
 
 class ComponentAccess(Output):
@@ -185,6 +190,21 @@ class Heartbeat(AttemptOf):
     """Renews a lease."""
 
     progress: AttemptProgress | None = None
+
+
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")]
+
+
+class PinRevisions(AttemptOf):
+    """Commits of hub models that an attempt is about to use."""
+
+    revisions: Annotated[dict[ModelName, Commit], Field(min_length=1, max_length=64)]
+
+
+class RevisionsPinned(Output):
+    """The commits that all attempts of the job use: those that the first of them reported."""
+
+    revisions: dict[str, str]
 
 
 class LeaseState(Output):

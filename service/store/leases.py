@@ -186,15 +186,10 @@ def _processes(row: WorkerRow) -> float:
 def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnElement[bool]:
     """Whether a job has failed on the node, and an idle worker where it has not may claim it."""
     other = aliased(WorkerRow)
-    is_busy = select(AttemptRow.job_id).where(
-        AttemptRow.status == "running",
-        AttemptRow.node == other.node,
-        AttemptRow.slot == other.slot,
-    )
     idle = select(other.slot).where(
         other.node != node,
         workers.is_able(other, now),
-        ~is_busy.exists(),
+        ~_is_busy(other),
         ~_has_failed_on(other.node, job),
     )
     return and_(
@@ -203,6 +198,15 @@ def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnEle
         _has_failed_on(node, job),
         idle.exists(),
     )
+
+
+def _is_busy(worker: type[WorkerRow]) -> ColumnElement[bool]:
+    running = select(AttemptRow.job_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == worker.node,
+        AttemptRow.slot == worker.slot,
+    )
+    return running.exists()
 
 
 def _has_failed_on(
@@ -283,6 +287,21 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
         return False
     transaction.execute(update(JobRow).where(JobRow.id == job.id).values(said))
     return True
+
+
+def pin_revisions(
+    transaction: Transaction, held: Held, given: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Fix the commits of hub models for all attempts of a job; those fixed before stay."""
+    source = held.job.model_source
+    before: dict[str, str] = source.get("revisions") or {}
+    pinned = {**given, **before}
+    if pinned != before:
+        changed_source = {**source, "revisions": pinned}
+        transaction.execute(
+            update(JobRow).where(JobRow.id == held.job.id).values(model_source=changed_source)
+        )
+    return pinned
 
 
 def running(transaction: Transaction) -> Mapping[str, datetime]:

@@ -69,6 +69,22 @@ def test_workers_are_listed_with_what_they_report_and_do(live: Live) -> None:
     assert listed(live)[1]["state"] == "gone"
 
 
+def test_the_commit_of_a_hub_model_is_that_of_the_first_attempt(live: Live) -> None:
+    live.submit(model="team/policy")
+    lease = claim(live)
+    assert lease is not None
+    assert lease.body["model"]["revisions"] == {}
+    for commit in ("b" * 40, "c" * 40):
+        answer = lease.post("/revisions", revisions={"team/policy": commit})
+        assert answer.json() == {"revisions": {"team/policy": "b" * 40}}
+    assert lease.post("/revisions", revisions={"team/policy": "main"}).status_code == 400
+    lease.post("/release", reason="drained")
+    assert lease.post("/revisions", revisions={"team/policy": "c" * 40}).status_code == 409
+    again = claim(live)
+    assert again is not None
+    assert again.body["model"]["revisions"] == {"team/policy": "b" * 40}
+
+
 def test_a_fault_is_told_in_the_list_in_readiness_and_in_metrics(live: Live) -> None:
     job_id = live.submit()["id"]
     lease = claim(live)

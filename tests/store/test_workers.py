@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError
-from dar.protocol.worker import Complete, Fail, FailureOwner, Release
+from dar.protocol.worker import (
+    Complete,
+    Fail,
+    FailureOwner,
+    Release,
+)
 from fakes.world import World
 from service.store import fence, leases, outcomes, tables, workers
 
@@ -267,3 +272,24 @@ def test_workers_that_are_gone_for_a_week_are_forgotten(world: World) -> None:
     with world.database.write() as transaction:
         workers.forget(transaction)
         assert [view.row.slot for view in workers.list_all(transaction)] == ["b"]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def source(kind: str, name: str, checkpoint_id: str | None = None) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "checkpoint_id": checkpoint_id, "adapter_ids": []}
+
+
+def test_the_first_commit_of_a_hub_model_is_that_of_all_attempts(world: World) -> None:
+    model = source("hub", "team/policy")
+    held = world.running(model_source=model)
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
+        leases.pin_revisions(transaction, now, {"team/policy": "b" * 40})
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
+        given = {"team/policy": "c" * 40, "team/judge": "d" * 40}
+        pinned = leases.pin_revisions(transaction, now, given)
+    assert pinned == {"team/policy": "b" * 40, "team/judge": "d" * 40}
+    assert world.job(held.job.id).model_source == {**model, "revisions": pinned}
