@@ -35,7 +35,20 @@ NAME_TAKEN = "worker_name_taken"
 MOST_DEVICES = 256
 
 
+MOST_MODELS = 1000
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ModelInventory(Input):
+    """Models that a worker has, so that it need not download them."""
+
+    names: Annotated[list[ModelName], Field(max_length=MOST_MODELS)]
+    """Folders under its models directory, and what its cache has: folders of the service, hub ids,
+    and ids of checkpoints with full weights."""
+    cache_bytes: Annotated[int, Field(ge=0)]
+    """Size of the models in its cache."""
+    cache_limit: Annotated[int, Field(ge=0)]
+    """Largest size of its cache."""
 
 
 class WorkerFault(Input):
@@ -65,6 +78,8 @@ class WorkerReport(Input):
     """Why it can run no job; null: its self-check passes."""
     is_leaving: bool = False
     """Whether it stops now."""
+    models: ModelInventory | None = None
+    """Null: a worker of an earlier version."""
 
 
 class Claim(Input):
@@ -190,6 +205,16 @@ class Heartbeat(AttemptOf):
     """Renews a lease."""
 
     progress: AttemptProgress | None = None
+    models: ModelInventory | None = None
+    """Models that the worker has; null: the same as before."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``models`` out if it is null, as a service of an earlier version rejects it."""
+        found: dict[str, Any] = handler(self)
+        if self.models is None:
+            del found["models"]
+        return found
 
 
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")]

@@ -88,7 +88,7 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
                 param="progress.step",
                 code="step_out_of_range",
             )
-        leases.renew(transaction, held, timedelta(seconds=seconds), body.progress)
+        leases.renew(transaction, held, timedelta(seconds=seconds), body.progress, body.models)
     return LeaseState(ttl_seconds=seconds)
 
 

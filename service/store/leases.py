@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.protocol.base import MAX_COUNT
-from dar.protocol.worker import AttemptProgress, Claim
+from dar.protocol.worker import AttemptProgress, Claim, ModelInventory
 from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
@@ -18,6 +18,8 @@ from service.store.tables import AttemptRow, CheckpointRow, JobRow, WorkerRow
 
 OTHERS_FIRST = timedelta(seconds=20)
 """How long a due job that has failed on a node is left to idle workers of others."""
+HOLDERS_FIRST = timedelta(seconds=20)
+"""How long a due job is left to idle workers that have its model. It is two polls."""
 LOSSES_OF_NODE = 2
 NOT_OF_NODE = ("reward", "storage", "database")
 """Owners of failures that are the same on every node."""
@@ -45,7 +47,8 @@ def claim(
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
     ended first, and their jobs are retried if they have attempts left.
 
-    A job that failed on the node goes to another one first, if a worker is idle there. Jobs that
+    A job that failed on the node goes to another one first, if a worker is idle there. One whose
+    model the slot would have to download goes first to an idle worker with the model. Jobs that
     need more devices or disk space than the slot has are left to others.
 
     Args:
@@ -142,6 +145,8 @@ def _fits(
     if report is None:
         return conditions
     conditions.append(_room_for(job) <= report.disk_free)
+    if report.models is not None:
+        conditions.append(~_is_left_to_holders(transaction.now, report.models.names, job))
     if report.devices:
         mine = len(report.devices)
         most = max((_processes(row) for row in workers.able(transaction)), default=mine)
@@ -200,6 +205,23 @@ def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnEle
     )
 
 
+def _is_left_to_holders(
+    now: datetime, names: Collection[str], job: type[JobRow]
+) -> ColumnElement[bool]:
+    """Whether a worker lacks the model of a job, and an idle holder of it may claim the job."""
+    made = job.model_source["checkpoint_id"].as_string()
+    model = func.coalesce(made, job.model_source["name"].as_string())
+    other = aliased(WorkerRow)
+    idle = select(other.slot).where(
+        workers.is_able(other, now),
+        ~_is_busy(other),
+        workers.has_model(other, model),
+        ~_has_failed_on(other.node, job),
+    )
+    is_fresh = job.not_before.between(now - HOLDERS_FIRST, now)  # later: the clock was set back
+    return and_(is_fresh, model.not_in(names), idle.exists())
+
+
 def _is_busy(worker: type[WorkerRow]) -> ColumnElement[bool]:
     running = select(AttemptRow.job_id).where(
         AttemptRow.status == "running",
@@ -254,15 +276,27 @@ def _end_old_leases(transaction: Transaction, claim: Claim, ttl: timedelta) -> N
 
 
 def renew(
-    transaction: Transaction, held: Held, ttl: timedelta, progress: AttemptProgress | None
+    transaction: Transaction,
+    held: Held,
+    ttl: timedelta,
+    progress: AttemptProgress | None,
+    models: ModelInventory | None = None,
 ) -> bool:
-    """Renew a lease and store the attempt's progress. Returns whether the job has changed."""
+    """Renew a lease and store the attempt's progress. Returns whether the job has changed.
+
+    Args:
+        transaction: The transaction to write in.
+        held: The attempt.
+        ttl: How long the lease is valid without a further heartbeat.
+        progress: What the attempt does now.
+        models: The models that its worker has; None: the same as before.
+    """
     transaction.execute(
         update(AttemptRow)
         .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
-    workers.note_heartbeat(transaction, held.attempt)
+    workers.note_heartbeat(transaction, held.attempt, models)
     return progress is not None and note_progress(transaction, held.job, progress)
 
 

@@ -112,6 +112,8 @@ def test_a_job_of_gated_repositories_is_trained_and_the_token_stays_nowhere(
     job = installation.wait(job_id, "succeeded", "failed", seconds=120)
     assert job["status"] == "succeeded", job["error"]
     assert hub.asked().keys() == {(name, TOKEN) for name in REPOSITORIES}
+    [worker_now] = installation.api("GET", "/workers")["data"]
+    assert {"team/policy", "team/judge"} <= set(worker_now["models"])
     assert (tmp_path / "hf" / "hub").is_dir()
     stored = [*installation.home.rglob("*"), *tmp_path.rglob("*")]
     holding = [path for path in stored if path.is_file() and TOKEN.encode() in path.read_bytes()]

@@ -25,7 +25,9 @@ import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dar.disk import read_if_there, sync_tree, write_atomically
+from dar.protocol.worker import MOST_MODELS, ModelInventory
 from dar.settings import Settings
+from worker.models.local import names_in
 
 log = structlog.get_logger(__name__)
 
@@ -271,6 +273,17 @@ class ModelCache:
             for left in self.path.glob(f"{GOING}*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield
+
+
+def inventory(settings: Settings) -> ModelInventory:
+    """What this host has, for the service."""
+    cache = ModelCache.of(settings)
+    names = dict.fromkeys([*names_in(settings.models_path), *cache.names()])
+    return ModelInventory(
+        names=list(names)[:MOST_MODELS],
+        cache_bytes=cache.bytes(),
+        cache_limit=cache.max_bytes,
+    )
 
 
 def _read(place: Path) -> ModelRecord | None:

@@ -38,6 +38,7 @@ from dar.settings import Settings
 from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
+from worker.models.cache import inventory
 from worker.models.fetching import ModelFetcher
 from worker.self_check import examine
 from worker.spool import SpoolReader, SpoolRoom
@@ -116,7 +117,9 @@ class Supervisor:
         """Until when a job that has to leave its slot waits for room in the artifact store."""
         self._arrived = [threading.Event(), threading.Event()]
         """Set when all rows have arrived, and when all checkpoints have."""
-        self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
+        self._heartbeats = Heartbeats(
+            self._state, self._client, settings.heartbeat_seconds, lambda: inventory(settings)
+        )
         self._watchdog = Watchdog(
             self._state,
             self._heartbeats.reported,
