@@ -236,8 +236,10 @@ def _has_failed_on(
 ) -> ColumnElement[bool]:
     """Whether a job has failed on a node, or was lost there twice, since its last progress."""
     ended = aliased(AttemptRow)
-    on_node = select(ended.number).where(
-        ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node
+    on_node = (
+        select(ended.number)
+        .where(ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node)
+        .correlate_except(ended)  # SQLAlchemy finds the job by itself only one level above
     )
     failed = on_node.where(
         ended.status == "failed",

@@ -207,6 +207,9 @@ def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: W
 
 
 def test_a_job_that_failed_on_a_node_goes_to_another_first(world: World) -> None:
+    world.submit()  # what has failed at the other node is another job
+    bad = Fail(attempt=1, kind="user", code="bad_row", message="a row is bad", owner="user")
+    end(world, world.claim(node="b", report=world.report("b")), bad)
     job_id = world.submit()
     fail(world, world.claim(node="a", report=world.report("a")), "service")
     world.claim(node="b", report=world.report("b"), wants_job=False)
