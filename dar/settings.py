@@ -324,6 +324,10 @@ class Settings(BaseSettings):
     """Size limit of one reward cache, of a job or of an endpoint, in bytes. The least recently used
     rewards are removed first."""
 
+    model_cache_bytes: Annotated[int, Field(ge=0)] = 100 * 1024**3
+    """Size limit of the models that the slots of a host have downloaded, in bytes. The least
+    recently used are removed first, and none that a job uses; 0: no model is kept after its job."""
+
     heartbeat_seconds: Seconds = 15.0
     """Pause between two renewals of a lease."""
 
@@ -361,7 +365,7 @@ class Settings(BaseSettings):
     """CPU threads of a trainer. A repeated run gives equal results only with the same number."""
 
     is_offline: bool = Field(default=False)
-    """Whether trainers must not use the model hub."""
+    """Whether workers and trainers must not use the model hub."""
 
     fault_points: Folder | None = None
     """Folder in which the chaos suite arms instants at which a process kills itself
@@ -370,7 +374,7 @@ class Settings(BaseSettings):
     hf_token: HubToken = Field(
         default=None, validation_alias=AliasChoices("DAR_HF_TOKEN", "HF_TOKEN")
     )
-    """Token of the model hub with which trainers load gated and private models; without
+    """Token of the model hub with which workers download gated and private models; without
     ``DAR_HF_TOKEN`` it is that in ``HF_TOKEN``, and without both the one of ``hf auth login``."""
 
     @property

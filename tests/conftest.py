@@ -53,12 +53,13 @@ _ENDS: defaultdict[Path, ExitStack] = defaultdict(ExitStack)
 class ByFile(LoadScopeScheduling):
     """Run all tests of a file in one test process.
 
-    The folders in `TOGETHER` run in one process as a whole, because their tests share a fixture.
+    The folders in `TOGETHER` run in one process as a whole, with the folders in them, because their
+    tests share a fixture.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])
-        return str(file.parent if file.parent.name in TOGETHER else file)
+        return str(next((one for one in file.parents if one.name in TOGETHER), file))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
@@ -141,11 +142,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End what the tests of a folder share after the last one of them."""
-    folder = item.path.parent
-    is_last_of_processes = needs_processes(item) and not (nextitem and needs_processes(nextitem))
-    if nextitem is None or nextitem.path.parent != folder or is_last_of_processes:
-        _ENDS.pop(folder, ExitStack()).close()
+    """End what the tests of a folder, and of those in it, share after the last one of them."""
+    for folder in item.path.parents:
+        if nextitem is None or not nextitem.path.is_relative_to(folder):
+            _ENDS.pop(folder, ExitStack()).close()
+    if needs_processes(item) and not (nextitem and needs_processes(nextitem)):
+        _ENDS.pop(item.path.parent, ExitStack()).close()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ api: client of the service's worker API; repeats calls while the service is away
 store_client: client of the artifact store, for files that do not pass through the service.
 supervisor: one attempt, seen from the worker.
 attempt: one attempt, seen from the trainer process; the only folder here that uses torch.
+models: models on this host, from its own folders, its cache, the service or a hub.
 failures: whose fault a failed attempt is, and the sentence about it that the user reads.
 launch: messages between supervisor and trainer, and the trainer's exit codes.
 spool: rows on disk until the service has committed them; JSON without NUL.

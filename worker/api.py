@@ -31,8 +31,10 @@ from dar.protocol.worker import (
     LeaseState,
     NoteRewardProgress,
     Outcome,
+    PinRevisions,
     RegisterCheckpoint,
     Release,
+    RevisionsPinned,
     RewardProgressNoted,
     RewardRequestStates,
     TrainerLog,
@@ -217,6 +219,11 @@ class WorkerClient:
     def inputs(self, lease_id: str) -> Inputs:
         with _of_a_lease():
             return self._request(Inputs, "GET", f"/leases/{lease_id}/inputs")
+
+    def pin(self, lease_id: str, given: PinRevisions) -> RevisionsPinned:
+        """Fix the commits of hub models for all attempts of the job."""
+        with _of_a_lease():
+            return self._request(RevisionsPinned, "POST", f"/leases/{lease_id}/revisions", given)
 
     def check_inputs(self, lease_id: str, attempt: int) -> DamagedInputs:
         """Make the service read every byte of the attempt's checkpoints."""

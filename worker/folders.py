@@ -19,6 +19,8 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
         inputs/                 training file, model, adapters, resume checkpoint
         work/checkpoints/       published checkpoints: those to upload, and the newest
         spool/                  rows that are not acknowledged yet
+    models/
+      <name>-<digest>/          a downloaded model, for all slots: files, record, lock
     reward-caches/
       job-<job>/                cached rewards of a job, until it succeeds
       endpoint-<endpoint>/      cached rewards that jobs with one registered endpoint share

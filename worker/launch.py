@@ -66,12 +66,14 @@ class Launch(BaseModel):
     seed: int
     total_steps: int
     model_folder: Path | None
-    """Folder of the model; None: it is the hub model ``hub_model``."""
+    """Folder of the model; None: it is the hub model ``hub_model``, in the cache of the hub's
+    library."""
     hub_model: str | None
     adapters: tuple[Path, ...]
     """Adapters to merge into the model, in this order."""
     training_file: Path | None
-    """None: the spec names a data set of the hub."""
+    """JSON Lines, or a folder with the rows of a hub's data set; None: only the cache of the hub's
+    library may have these."""
     validation_file: Path | None = None
     reward_models: dict[str, Path] = Field(default_factory=dict)
     """Folders of reward models by component name; the others come from the hub."""
@@ -80,15 +82,12 @@ class Launch(BaseModel):
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
     """URL and secrets of registered reward endpoints, by component."""
-    hub_token: str | None = Field(default=None, repr=False)
-    """Token of the model hub; None: that of this machine's user, if there is one."""
     reward_guard: EgressPolicy = EgressPolicy()
     """Which addresses reward requests may reach; default: public ones over HTTPS."""
     reward_cache: CachePlace | None = None
     """Where rewards are cached; None: in the attempt's own folder."""
     threads: int
     """CPU threads of this process."""
-    is_offline: bool
     spool_bytes: int = SPOOL_BYTES
     """Largest size of the spool."""
     log_bytes: int = LOG_BYTES
@@ -104,7 +103,7 @@ class Launch(BaseModel):
 
     def redactor(self) -> Redactor:
         """A filter that removes every secret of this launch from text, such as a trainer's log."""
-        secrets = [one for one in (self.reward_secret, self.hub_token) if one is not None]
+        secrets = [] if self.reward_secret is None else [self.reward_secret]
         headers: list[str] = []
         rewards = self.spec.dar.rewards
         urls = [one.url for one in ([] if rewards is None else rewards.components) if one.url]
@@ -180,6 +179,42 @@ Line: TypeAdapter[Order | RewardNews] = TypeAdapter(
     Annotated[Order | RewardNews, Field(discriminator="type")]
 )
 """One line from the supervisor to a running trainer."""
+
+
+class RowsRequest(BaseModel):
+    """What a process loads that fetches the rows of a hub's data set; one line on its stdin."""
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    """``hf://…``"""
+    token: str | None = Field(repr=False)
+    """Token of the hub; None: what everybody may read."""
+    folder: Path
+    """Where the rows are written."""
+    result: Path
+    """File for the `RowsResult`."""
+    has_begun: bool
+    """Whether the job has a checkpoint."""
+
+
+class RowsFailure(BaseModel):
+    """Why rows could not be loaded."""
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: FailureOwner
+    code: str
+    message: str
+    param: str | None = None
+
+
+class RowsResult(BaseModel):
+    """How the loading of rows ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    failure: RowsFailure | None = None
 
 
 class TrainerResult(BaseModel):

@@ -15,12 +15,13 @@ from dar.errors import (
     PermissionDeniedError,
 )
 from dar.fault_points import fault_point
-from dar.protocol.worker import NAME_TAKEN, Claim, Lease, WorkerFault
+from dar.protocol.worker import NAME_TAKEN, Claim, Lease, ModelInventory, WorkerFault
 from dar.settings import Settings
 from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
 from worker.identity import claim_of, machine_of
+from worker.models.cache import ModelCache, inventory
 from worker.self_check import examine, look, report_of
 from worker.supervisor.supervisor import TRAINER_COMMAND, Supervisor
 
@@ -106,6 +107,7 @@ class Slot:
     def _next_claim(self, *, wants_job: bool = True, is_leaving: bool = False) -> Claim:
         """A claim with the state of this machine; of a machine with a fault it is only a report."""
         self._folder.mark_alive()
+        self._tidy_models()
         fault = examine(self._settings) if self._is_suspect else look(self._settings)
         self._is_suspect = fault is not None
         if fault is not None and fault != self._fault:
@@ -114,11 +116,25 @@ class Slot:
             log.info("this worker claims jobs again")
         self._fault = fault
         report = report_of(self._settings, self._machine, fault)
-        if is_leaving:
-            report = report.model_copy(update={"is_leaving": True})
+        changes = {"is_leaving": is_leaving, "models": self._models()}
+        report = report.model_copy(update=changes)
         return self._claim.model_copy(
             update={"report": report, "wants_job": wants_job and fault is None}
         )
+
+    def _tidy_models(self) -> None:
+        """Let cached models go for which the disk has no room, before that counts as a fault."""
+        try:
+            ModelCache.of(self._settings).tidy()
+        except OSError as error:  # what is wrong with the disk is found by the self-check
+            log.warning("the cache of models cannot be tidied", error=str(error))
+
+    def _models(self) -> ModelInventory | None:
+        try:
+            return inventory(self._settings)
+        except OSError as error:
+            log.warning("models cannot be listed", error=str(error))
+            return None
 
     def introduce(self) -> None:
         """Kill the trainers of a predecessor, and report this worker; the service may be away.

@@ -31,6 +31,7 @@ Rules that several processes share:
 hints: the thresholds of all hints.
 budget_checks: what ``kl_budget`` cannot be combined with.
 hub_data: the address of a data set on a hub.
+hub_refusals: what it means that a hub does not give something, and what to do.
 ids: identifiers.
 model_configs: what a model's config.json says, without torch.
 presets: named sets of hyperparameters.

@@ -35,6 +35,22 @@ NAME_TAKEN = "worker_name_taken"
 MOST_DEVICES = 256
 
 
+MOST_MODELS = 1000
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ModelInventory(Input):
+    """Models that a worker has, so that it need not download them."""
+
+    names: Annotated[list[ModelName], Field(max_length=MOST_MODELS)]
+    """Folders under its models directory, and what its cache has: folders of the service, hub ids,
+    and ids of checkpoints with full weights."""
+    cache_bytes: Annotated[int, Field(ge=0)]
+    """Size of the models in its cache."""
+    cache_limit: Annotated[int, Field(ge=0)]
+    """Largest size of its cache."""
+
+
 class WorkerFault(Input):
     """Why a worker can run no job."""
 
@@ -62,6 +78,8 @@ class WorkerReport(Input):
     """Why it can run no job; null: its self-check passes."""
     is_leaving: bool = False
     """Whether it stops now."""
+    models: ModelInventory | None = None
+    """Null: a worker of an earlier version."""
 
 
 class Claim(Input):
@@ -94,6 +112,8 @@ class ModelSource(Output):
     """A fine-tuned model with full weights; its files are the inputs ``model/…``."""
     adapter_ids: list[str]
     """Adapters to merge in this order; their files are the inputs ``adapters/<n>/…``."""
+    revisions: dict[str, str] = Field(default_factory=dict)
+    """Commits of the hub's models with which the job was begun, by hub id."""
 
 
 class ComponentAccess(Output):
@@ -188,6 +208,31 @@ class Heartbeat(AttemptOf):
     """Renews a lease."""
 
     progress: AttemptProgress | None = None
+    models: ModelInventory | None = None
+    """Models that the worker has; null: the same as before."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``models`` out if it is null, as a service of an earlier version rejects it."""
+        found: dict[str, Any] = handler(self)
+        if self.models is None:
+            del found["models"]
+        return found
+
+
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")]
+
+
+class PinRevisions(AttemptOf):
+    """Commits of hub models that an attempt is about to use."""
+
+    revisions: Annotated[dict[ModelName, Commit], Field(min_length=1, max_length=64)]
+
+
+class RevisionsPinned(Output):
+    """The commits that all attempts of the job use: those that the first of them reported."""
+
+    revisions: dict[str, str]
 
 
 class LeaseState(Output):

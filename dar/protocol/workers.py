@@ -28,6 +28,13 @@ class Worker(Output):
     disk_total: int | None
     memory_free: int | None
     """Bytes of memory that are free."""
+    models: list[str] | None
+    """Models that it need not download: folders of its own, and what its cache has, which it shares
+    with the other slots of its host. Null: a version that does not report them."""
+    model_cache_bytes: int | None
+    """Size of the models in its cache."""
+    model_cache_limit: int | None
+    """Largest size of its cache."""
     state: WorkerState
     """``failing``: it gets no job, because of a fault of its own. ``gone``: it has stopped, or
     sends nothing any more."""

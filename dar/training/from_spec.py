@@ -15,7 +15,7 @@ from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.rewards.from_spec import RewardAccess
 from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
-from dar.training.data.hub import load_hub_rows
+from dar.training.data.hub import load_hub_rows, load_saved_rows
 from dar.training.data.load_errors import NO_MEMORY, is_lack_of_memory
 from dar.training.data.rows import Rows, read_rows
 from dar.training.model import adapters, loading
@@ -44,7 +44,8 @@ class JobInputs:
     adapters: tuple[Path, ...]
     """Adapters that are merged into the model, in order, before anything else."""
     training_file: Path | None
-    """JSON Lines; None: the spec names a data set of the hub."""
+    """JSON Lines, or a folder of `dar.training.data.hub.save_rows`; None: the spec names a data set
+    of the hub."""
     work_dir: Path
     """Checkpoints are published in it as ``checkpoints/step-<n>``."""
     resume_from: Path | None
@@ -163,10 +164,10 @@ def _base_name(inputs: JobInputs) -> str:
     """What the published files call the base model.
 
     Nobody but this installation has a model under the name of one of its folders, or the weights
-    that it has made itself.
+    that it has made itself. A hub id is the one name with a slash, wherever its files are.
     """
     name = inputs.spec.model
-    return name if name == inputs.model else adapters.published_base(name)
+    return name if "/" in name or name == inputs.model else adapters.published_base(name)
 
 
 def training_rows(inputs: JobInputs) -> Rows:
@@ -177,7 +178,8 @@ def training_rows(inputs: JobInputs) -> Rows:
         InvalidRequestError: A line of the file is not a row.
     """
     if inputs.training_file is not None:
-        return read_rows(inputs.training_file)
+        is_saved = inputs.training_file.is_dir()
+        return (load_saved_rows if is_saved else read_rows)(inputs.training_file)
     return load_hub_rows(
         HubData.parse(inputs.spec.training_file), is_offline=inputs.offline, token=inputs.hub_token
     )

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0021_keys_of_nodes"
-down_revision = "0018_stops"
+down_revision = "0020_worker_models"
 branch_labels = None
 depends_on = None
 

@@ -31,7 +31,9 @@ from dar.protocol.worker import (
     MetricsRow,
     ModelSource,
     Outcome,
+    PinRevisions,
     Release,
+    RevisionsPinned,
 )
 from service import keys
 from service.background.directives import ONCE, JobDirective, Received
@@ -49,6 +51,7 @@ MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
 ClaimBody = Annotated[Claim, Depends(body_of(Claim, is_of_worker=True))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat, is_of_worker=True))]
+PinBody = Annotated[PinRevisions, Depends(body_of(PinRevisions, is_of_worker=True))]
 BatchBody = Annotated[
     Batch, Depends(body_of(Batch, lambda settings: settings.max_batch_bytes, is_of_worker=True))
 ]
@@ -93,8 +96,17 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
                 param="progress.step",
                 code="step_out_of_range",
             )
-        leases.renew(transaction, held, timedelta(seconds=seconds), body.progress)
+        leases.renew(transaction, held, timedelta(seconds=seconds), body.progress, body.models)
     return LeaseState(ttl_seconds=seconds)
+
+
+@router.post("/{lease_id}/revisions", openapi_extra=schema_of(PinRevisions), responses=FENCED)
+def pin_revisions(lease_id: LeaseHolder, runtime: CurrentRuntime, body: PinBody) -> RevisionsPinned:
+    """Fix the commits of hub models that all attempts of the job use."""
+    with runtime.database.write() as transaction:
+        held = fence.hold(transaction, lease_id, body.attempt)
+        pinned = leases.pin_revisions(transaction, held, body.revisions)
+    return RevisionsPinned(revisions=dict(pinned))
 
 
 @router.get("/{lease_id}/directives", response_model_exclude_none=True, responses=FENCED)

@@ -84,6 +84,7 @@ def _page(found: list[WorkerView], project_id: str) -> Page[Worker]:
 
 def show(view: WorkerView, project_id: str) -> Worker:
     row, report = view.row, view.row.report or {}
+    models = report.get("models") or {}
     return Worker.model_validate(
         {
             "object": "worker",
@@ -94,6 +95,9 @@ def show(view: WorkerView, project_id: str) -> Worker:
             "disk_free": report.get("disk_free"),
             "disk_total": report.get("disk_total"),
             "memory_free": report.get("memory_free"),
+            "models": models.get("names"),
+            "model_cache_bytes": models.get("cache_bytes"),
+            "model_cache_limit": models.get("cache_limit"),
             "state": view.state,
             "reason": view.reason,
             "job": view.job_id if view.project_id == project_id else None,

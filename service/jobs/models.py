@@ -205,7 +205,11 @@ def _of_checkpoint(checkpoint: CheckpointRow, job: JobRow) -> ModelSource:
     if checkpoint.kind == "full":
         return ModelSource(kind="folder", name="", checkpoint_id=checkpoint.id, adapter_ids=[])
     base = ModelSource.model_validate(job.model_source)
-    return base.model_copy(update={"adapter_ids": [*base.adapter_ids, checkpoint.id]})
+    # An adapter belongs to the commit on which it was trained; reward models are another matter.
+    pinned = {name: commit for name, commit in base.revisions.items() if name == base.name}
+    return base.model_copy(
+        update={"adapter_ids": [*base.adapter_ids, checkpoint.id], "revisions": pinned}
+    )
 
 
 def _fine_tuned(name: str, checkpoint: CheckpointRow) -> Model:

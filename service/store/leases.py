@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.protocol.base import MAX_COUNT
-from dar.protocol.worker import AttemptProgress, Claim, WorkerReport
+from dar.protocol.worker import AttemptProgress, Claim, ModelInventory, WorkerReport
 from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
@@ -18,6 +18,8 @@ from service.store.tables import AttemptRow, CheckpointRow, JobRow, WorkerRow
 
 OTHERS_FIRST = timedelta(seconds=20)
 """How long a due job that has failed on a node is left to idle workers of others."""
+HOLDERS_FIRST = timedelta(seconds=20)
+"""How long a due job is left to idle workers that have its model. It is two polls."""
 LOSSES_OF_NODE = 2
 NOT_OF_NODE = ("reward", "storage", "database")
 """Owners of failures that are the same on every node."""
@@ -45,7 +47,8 @@ def claim(
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
     ended first, and their jobs are retried if they have attempts left.
 
-    A job that failed on the node goes to another one first, if a worker is idle there. Jobs that
+    A job that failed on the node goes to another one first, if a worker is idle there. One whose
+    model the slot would have to download goes first to an idle worker with the model. Jobs that
     need more devices, disk space or memory than the slot has are left to others.
 
     Args:
@@ -144,6 +147,8 @@ def _fits(
     conditions.append(_room_for(job) <= report.disk_free)
     if report.memory_free is not None:
         conditions.append(_memory_for(job, report) <= report.memory_free)
+    if report.models is not None:
+        conditions.append(~_is_left_to_holders(transaction.now, report.models.names, job))
     if report.devices:
         mine = len(report.devices)
         most = max((_processes(row) for row in workers.able(transaction)), default=mine)
@@ -203,15 +208,10 @@ def _processes(row: WorkerRow) -> float:
 def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnElement[bool]:
     """Whether a job has failed on the node, and an idle worker where it has not may claim it."""
     other = aliased(WorkerRow)
-    is_busy = select(AttemptRow.job_id).where(
-        AttemptRow.status == "running",
-        AttemptRow.node == other.node,
-        AttemptRow.slot == other.slot,
-    )
     idle = select(other.slot).where(
         other.node != node,
         workers.is_able(other, now),
-        ~is_busy.exists(),
+        ~_is_busy(other),
         ~_has_failed_on(other.node, job),
     )
     return and_(
@@ -222,13 +222,41 @@ def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnEle
     )
 
 
+def _is_left_to_holders(
+    now: datetime, names: Collection[str], job: type[JobRow]
+) -> ColumnElement[bool]:
+    """Whether a worker lacks the model of a job, and an idle holder of it may claim the job."""
+    made = job.model_source["checkpoint_id"].as_string()
+    model = func.coalesce(made, job.model_source["name"].as_string())
+    other = aliased(WorkerRow)
+    idle = select(other.slot).where(
+        workers.is_able(other, now),
+        ~_is_busy(other),
+        workers.has_model(other, model),
+        ~_has_failed_on(other.node, job),
+    )
+    is_fresh = job.not_before.between(now - HOLDERS_FIRST, now)  # later: the clock was set back
+    return and_(is_fresh, model.not_in(names), idle.exists())
+
+
+def _is_busy(worker: type[WorkerRow]) -> ColumnElement[bool]:
+    running = select(AttemptRow.job_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == worker.node,
+        AttemptRow.slot == worker.slot,
+    )
+    return running.exists()
+
+
 def _has_failed_on(
     node: str | InstrumentedAttribute[str], job: type[JobRow]
 ) -> ColumnElement[bool]:
     """Whether a job has failed on a node, or was lost there twice, since its last progress."""
     ended = aliased(AttemptRow)
-    on_node = select(ended.number).where(
-        ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node
+    on_node = (
+        select(ended.number)
+        .where(ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node)
+        .correlate_except(ended)  # SQLAlchemy finds the job by itself only one level above
     )
     failed = on_node.where(
         ended.status == "failed",
@@ -267,15 +295,27 @@ def _end_old_leases(transaction: Transaction, claim: Claim, ttl: timedelta) -> N
 
 
 def renew(
-    transaction: Transaction, held: Held, ttl: timedelta, progress: AttemptProgress | None
+    transaction: Transaction,
+    held: Held,
+    ttl: timedelta,
+    progress: AttemptProgress | None,
+    models: ModelInventory | None = None,
 ) -> bool:
-    """Renew a lease and store the attempt's progress. Returns whether the job has changed."""
+    """Renew a lease and store the attempt's progress. Returns whether the job has changed.
+
+    Args:
+        transaction: The transaction to write in.
+        held: The attempt.
+        ttl: How long the lease is valid without a further heartbeat.
+        progress: What the attempt does now.
+        models: The models that its worker has; None: the same as before.
+    """
     transaction.execute(
         update(AttemptRow)
         .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
-    workers.note_heartbeat(transaction, held.attempt)
+    workers.note_heartbeat(transaction, held.attempt, models)
     return progress is not None and note_progress(transaction, held.job, progress)
 
 
@@ -300,6 +340,21 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
         return False
     transaction.execute(update(JobRow).where(JobRow.id == job.id).values(said))
     return True
+
+
+def pin_revisions(
+    transaction: Transaction, held: Held, given: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Fix the commits of hub models for all attempts of a job; those fixed before stay."""
+    source = held.job.model_source
+    before: dict[str, str] = source.get("revisions") or {}
+    pinned = {**given, **before}
+    if pinned != before:
+        changed_source = {**source, "revisions": pinned}
+        transaction.execute(
+            update(JobRow).where(JobRow.id == held.job.id).values(model_source=changed_source)
+        )
+    return pinned
 
 
 def running(transaction: Transaction) -> Mapping[str, datetime]:

@@ -298,6 +298,18 @@ class WorkerRow(Base):
     """It gets no job before."""
 
 
+class WorkerModelRow(Base):
+    """A model that a worker has, of the last list that it sent."""
+
+    __tablename__ = "worker_models"
+    __table_args__ = (Index(None, "name"),)
+
+    node: Mapped[str] = mapped_column(String(128), primary_key=True)
+    slot: Mapped[str] = mapped_column(String(128), primary_key=True)
+    name: Mapped[str] = mapped_column(String(256), primary_key=True)
+    """Folder, hub id, or id of a checkpoint with full weights."""
+
+
 class JobEventRow(Base):
     """An event of a job. Events are only appended."""
 

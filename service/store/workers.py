@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, cast
 
-from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from dar.errors import ConflictError, NotFoundError
-from dar.protocol.worker import NAME_TAKEN, Claim
+from dar.protocol.worker import NAME_TAKEN, Claim, ModelInventory
 from dar.protocol.workers import WorkerState
 from service.store.database import Transaction
-from service.store.tables import AttemptRow, JobRow, WorkerRow
+from service.store.tables import AttemptRow, JobRow, WorkerModelRow, WorkerRow
 
 USUAL_INTERVAL = 20.0
 """`WorkerReport.interval_seconds` of a worker that reports none."""
@@ -59,8 +59,8 @@ def check_in(transaction: Transaction, claim: Claim) -> WorkerRow:
         "faults": 0,
     }
     # Two first claims of one name may come at once.
-    insert = postgresql.insert if transaction.is_postgresql else sqlite.insert
-    transaction.execute(insert(WorkerRow).values(values).on_conflict_do_nothing())
+    insert_first = postgresql.insert if transaction.is_postgresql else sqlite.insert
+    transaction.execute(insert_first(WorkerRow).values(values).on_conflict_do_nothing())
     mine = select(WorkerRow).where(WorkerRow.node == claim.node, WorkerRow.slot == claim.slot)
     row = transaction.scalars(
         mine.with_for_update().execution_options(populate_existing=True)
@@ -71,6 +71,7 @@ def check_in(transaction: Transaction, claim: Claim) -> WorkerRow:
         row.earlier = {"incarnations": replaced[-MOST_EARLIER:]}
         row.incarnation = claim.incarnation
         row.started_at = now
+    _note_models(transaction, row, None if report is None else report.models)
     row.boot_id = claim.boot_id
     row.machine = None if report is None else report.machine
     row.report = None if report is None else report.model_dump(mode="json")
@@ -79,6 +80,30 @@ def check_in(transaction: Transaction, claim: Claim) -> WorkerRow:
     row.alive_until = _alive_until(row, now)
     transaction.flush()
     return row
+
+
+def _note_models(transaction: Transaction, row: WorkerRow, models: ModelInventory | None) -> None:
+    """Store which models a worker has, before its report is replaced."""
+    before = ((row.report or {}).get("models") or {}).get("names") or []
+    names = [] if models is None else models.names
+    if set(names) == set(before):
+        return
+    mine = and_(WorkerModelRow.node == row.node, WorkerModelRow.slot == row.slot)
+    transaction.execute(delete(WorkerModelRow).where(mine))
+    if names:
+        rows = [{"node": row.node, "slot": row.slot, "name": name} for name in dict.fromkeys(names)]
+        transaction.execute(insert(WorkerModelRow), rows)
+
+
+def has_model(row: type[WorkerRow], name: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a worker has a model."""
+    found = select(WorkerModelRow.name).where(
+        WorkerModelRow.node == row.node,
+        WorkerModelRow.slot == row.slot,
+        WorkerModelRow.name == name,
+    )
+    # `name` may be of a job that stands further out than SQLAlchemy looks by itself.
+    return found.correlate_except(WorkerModelRow).exists()
 
 
 def _alive_until(row: WorkerRow, now: datetime) -> datetime:
@@ -177,13 +202,24 @@ def passes_check(transaction: Transaction, node: str) -> bool:
     return transaction.scalars(unfit).first() is None
 
 
-def note_heartbeat(transaction: Transaction, attempt: AttemptRow) -> None:
-    """Note that the worker of an attempt is alive, unless another claim of it is under way."""
+def note_heartbeat(
+    transaction: Transaction, attempt: AttemptRow, models: ModelInventory | None
+) -> None:
+    """Note that the worker of an attempt is alive, unless another claim of it is under way.
+
+    Args:
+        transaction: The transaction to write in.
+        attempt: Its attempt.
+        models: The models that it has; None: the same as before.
+    """
     # A claim locks the worker before jobs, a heartbeat the job before the worker.
     row = transaction.scalars(_worker_of(attempt).with_for_update(skip_locked=True)).one_or_none()
     if row is not None:
         row.seen_at = transaction.now
         row.alive_until = _alive_until(row, transaction.now)
+        if models is not None and row.report is not None:
+            _note_models(transaction, row, models)
+            row.report = {**row.report, "models": models.model_dump(mode="json")}
         transaction.flush()
 
 
@@ -372,3 +408,7 @@ def forget(transaction: Transaction) -> None:
     """Remove workers that were not seen for long; those with an operator's order are kept."""
     old = WorkerRow.seen_at < transaction.now - KEPT
     transaction.execute(delete(WorkerRow).where(old, WorkerRow.duty == "work"))
+    listed = select(WorkerRow.slot).where(
+        WorkerRow.node == WorkerModelRow.node, WorkerRow.slot == WorkerModelRow.slot
+    )
+    transaction.execute(delete(WorkerModelRow).where(~listed.exists()))

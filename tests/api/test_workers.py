@@ -70,6 +70,42 @@ def test_workers_are_listed_with_what_they_report_and_do(live: Live) -> None:
     assert listed(live)[1]["state"] == "gone"
 
 
+def test_the_models_of_a_worker_are_listed_and_a_heartbeat_adds_one(live: Live) -> None:
+    models = {"names": ["tiny"], "cache_bytes": 3, "cache_limit": 9}
+    live.submit()
+    lease = claim(live, report={**REPORT, "models": models})
+    assert lease is not None
+    live.claim(slot="old")
+
+    def shown() -> list[tuple[Any, Any, Any]]:
+        return [
+            (one["models"], one["model_cache_bytes"], one["model_cache_limit"])
+            for one in listed(live)
+        ]
+
+    assert shown() == [(["tiny"], 3, 9), (None, None, None)]
+    news = {"names": ["tiny", "team/policy"], "cache_bytes": 5, "cache_limit": 9}
+    assert lease.post("/heartbeat", models=news).status_code == 200
+    assert lease.post("/heartbeat").status_code == 200
+    assert shown()[0] == (["tiny", "team/policy"], 5, 9)
+
+
+def test_the_commit_of_a_hub_model_is_that_of_the_first_attempt(live: Live) -> None:
+    live.submit(model="team/policy")
+    lease = claim(live)
+    assert lease is not None
+    assert lease.body["model"]["revisions"] == {}
+    for commit in ("b" * 40, "c" * 40):
+        answer = lease.post("/revisions", revisions={"team/policy": commit})
+        assert answer.json() == {"revisions": {"team/policy": "b" * 40}}
+    assert lease.post("/revisions", revisions={"team/policy": "main"}).status_code == 400
+    lease.post("/release", reason="drained")
+    assert lease.post("/revisions", revisions={"team/policy": "c" * 40}).status_code == 409
+    again = claim(live)
+    assert again is not None
+    assert again.body["model"]["revisions"] == {"team/policy": "b" * 40}
+
+
 def test_a_fault_is_told_in_the_list_in_readiness_and_in_metrics(live: Live) -> None:
     job_id = live.submit()["id"]
     lease = claim(live)

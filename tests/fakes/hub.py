@@ -15,6 +15,8 @@ from fakes.loopback import LoopbackServer, Request
 COMMIT = "b" * 40
 GATED = "Access to this repository is restricted. You must accept its conditions to access it."
 INVALID = "Invalid credentials in Authorization header"
+LARGE = (".safetensors", ".bin")
+"""Ends of the names of files that a hub keeps in its large storage."""
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -47,6 +49,12 @@ class Hub(LoopbackServer):
         self.readers = dict(readers or {})
         self.complaint = INVALID
         """What it says about a token of no account."""
+        self.commit = COMMIT
+        """The newest commit of every repository."""
+        self.storage: str | None = None
+        """URL to which it redirects requests for files of `LARGE` kinds; None: it sends them."""
+        self.cuts: list[int] = []
+        """After how many bytes the next answers with large files break off."""
         super().__init__(self._reply)
 
     @property
@@ -80,16 +88,38 @@ class Hub(LoopbackServer):
             return
         files = self.repositories[name]
         if rest[:1] == ["resolve"]:
-            _send_file(request, files.get("/".join(rest[2:])))
+            self._send_file(request, "/".join(rest[2:]), files)
         elif rest[:1] == ["tree"]:
             _send_tree(request, files)
         elif not rest or rest[0] == "revision":
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [_sibling(path, content) for path, content in files.items()]
             request.json(
-                {"id": name.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}
+                {"id": name.removeprefix("datasets/"), "sha": self.commit, "siblings": siblings}
             )
         else:
             _refuse(request, 404, "EntryNotFound", "no such entry")
+
+    def _send_file(self, request: Request, path: str, files: Mapping[str, bytes]) -> None:
+        content = files.get(path)
+        if content is None:
+            request.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
+            return
+        if self.storage is not None and path.endswith(LARGE):
+            request.answer(b"", 302, location=self.storage + request.path)
+            return
+        headers = {"ETag": f'"{_oid(content)}"', "X_Repo_Commit": self.commit}
+        start = 0
+        if "range" in request.headers:
+            start = int(request.headers["range"].removeprefix("bytes=").rstrip("-"))
+            headers["content_range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        headers["content_length"] = str(len(body))
+        if path.endswith(LARGE) and self.cuts:
+            headers["connection"] = "close"
+            body = body[: self.cuts.pop(0)]
+        sent = b"" if request.method == "HEAD" else body
+        status = 206 if start else 200
+        request.answer(sent, status, "application/octet-stream", **headers)
 
     def _refusal(self, name: str, token: str | None) -> tuple[int, str, str] | None:
         if token is not None and token not in self.readers:
@@ -112,19 +142,6 @@ def _refuse(request: Request, status: int, code: str, message: str) -> None:
     request.answer(b"", status, X_Error_Message=message, **headers)
 
 
-def _send_file(request: Request, content: bytes | None) -> None:
-    if content is None:
-        request.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        return
-    headers: dict[str, Any] = {
-        "ETag": f'"{_oid(content)}"',
-        "X_Repo_Commit": COMMIT,
-        "content_length": str(len(content)),
-    }
-    body = b"" if request.method == "HEAD" else content
-    request.answer(body, 200, "application/octet-stream", **headers)
-
-
 def _send_tree(request: Request, files: Mapping[str, bytes]) -> None:
     request.json(
         [
@@ -134,8 +151,18 @@ def _send_tree(request: Request, files: Mapping[str, bytes]) -> None:
     )
 
 
+def _sibling(path: str, content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": _oid(content)}
+    if path.endswith(LARGE):
+        sha256 = hashlib.sha256(content).hexdigest()
+        found["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+    return found
+
+
 def _oid(content: bytes) -> str:
-    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    """Git's digest of a file."""
+    blob = f"blob {len(content)}\0".encode() + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError
-from dar.protocol.worker import Complete, Fail, FailureOwner, Release
+from dar.protocol.worker import (
+    Complete,
+    Fail,
+    FailureOwner,
+    ModelInventory,
+    Release,
+    WorkerReport,
+)
 from fakes.world import World
 from service.store import fence, leases, outcomes, tables, workers
 
@@ -200,6 +207,9 @@ def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: W
 
 
 def test_a_job_that_failed_on_a_node_goes_to_another_first(world: World) -> None:
+    world.submit()  # what has failed at the other node is another job
+    bad = Fail(attempt=1, kind="user", code="bad_row", message="a row is bad", owner="user")
+    end(world, world.claim(node="b", report=world.report("b")), bad)
     job_id = world.submit()
     fail(world, world.claim(node="a", report=world.report("a")), "service")
     world.claim(node="b", report=world.report("b"), wants_job=False)
@@ -267,3 +277,101 @@ def test_workers_that_are_gone_for_a_week_are_forgotten(world: World) -> None:
     with world.database.write() as transaction:
         workers.forget(transaction)
         assert [view.row.slot for view in workers.list_all(transaction)] == ["b"]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def has(world: World, *names: str, machine: str = "machine-1") -> WorkerReport:
+    models = {"names": list(names), "cache_bytes": 1, "cache_limit": 2}
+    return world.report(machine, models=models)
+
+
+def source(kind: str, name: str, checkpoint_id: str | None = None) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "checkpoint_id": checkpoint_id, "adapter_ids": []}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (source("folder", "tiny"), "tiny"),
+        (source("hub", "team/policy"), "team/policy"),
+        (source("folder", "", "ckpt-1"), "ckpt-1"),
+    ],
+    ids=["folder", "hub", "checkpoint"],
+)
+def test_a_job_goes_to_an_idle_worker_that_has_its_model_and_soon_to_any(
+    world: World, model: dict[str, Any], name: str
+) -> None:
+    def lacks(node: str = "node-1") -> fence.Held | None:
+        return world.claim(node=node, report=has(world, "another"))
+
+    def holder(**values: Any) -> fence.Held | None:
+        report = has(world, name, "another", machine="machine-2")
+        return world.claim(node="node-2", report=report, **values)
+
+    assert holder() is None
+    job_id = world.submit(model_source=model)
+    assert lacks() is None, "it is left to the idle worker that has the model"
+    assert world.claim(node="old") is not None, "a worker of an earlier version takes any job"
+    job_id = world.submit(model_source=model)
+    held = holder()
+    assert held is not None
+    assert held.job.id == job_id
+    busy = world.submit(model_source=model)
+    held = lacks()
+    assert held is not None, "nobody idle has the model"
+    assert held.job.id == busy
+    assert world.claim(node="node-4", report=has(world, name, machine="machine-4")) is None
+    unknown = world.submit(model_source=source("folder", "unknown"))
+    held = lacks("node-5")
+    assert held is not None, "an idle worker has a model, but not that of this job"
+    assert held.job.id == unknown
+    waiting = world.submit(model_source=model)
+    assert lacks("node-3") is None
+    world.clock.advance(21)
+    held = lacks("node-3")
+    assert held is not None, "the preference is short"
+    assert held.job.id == waiting
+
+
+def test_a_heartbeat_renews_the_list_of_models_and_a_worker_that_is_gone_has_none(
+    world: World,
+) -> None:
+    def names(node: str) -> set[str]:
+        with world.database.read() as transaction:
+            query = transaction.query(tables.WorkerModelRow).filter_by(node=node)
+            return {row.name for row in query.all()}
+
+    world.submit()
+    held = world.claim(node="node-2", report=has(world, "a"))
+    assert held is not None
+    assert names("node-2") == {"a"}
+    news = ModelInventory(names=["a", "b"], cache_bytes=5, cache_limit=9)
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
+        leases.renew(transaction, now, leases.timedelta(seconds=600), None, news)
+    assert names("node-2") == {"a", "b"}
+    row = worker(world, "node-2")
+    assert row.report is not None
+    assert row.report["models"]["cache_bytes"] == 5
+    heartbeat(world, held)
+    assert names("node-2") == {"a", "b"}, "a heartbeat without a list changes nothing"
+    world.clock.advance(8 * 86_400)
+    with world.database.write() as transaction:
+        workers.forget(transaction)
+    assert names("node-2") == set()
+
+
+def test_the_first_commit_of_a_hub_model_is_that_of_all_attempts(world: World) -> None:
+    model = source("hub", "team/policy")
+    held = world.running(model_source=model)
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
+        leases.pin_revisions(transaction, now, {"team/policy": "b" * 40})
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
+        given = {"team/policy": "c" * 40, "team/judge": "d" * 40}
+        pinned = leases.pin_revisions(transaction, now, given)
+    assert pinned == {"team/policy": "b" * 40, "team/judge": "d" * 40}
+    assert world.job(held.job.id).model_source == {**model, "revisions": pinned}

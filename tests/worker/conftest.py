@@ -17,7 +17,11 @@ from dar.rewards.server import reward_server
 from dar.settings import Settings
 from fakes import loopback
 from fakes.scripted_installation import ScriptedInstallation, Valkey, free_port
+from worker.api import WorkerClient
 from worker.folders import SlotFolder
+from worker.models.fetching import ModelFetcher
+from worker.supervisor.inputs import InputFetcher, LocalInputs
+from worker.supervisor.state import AttemptState
 from worker.supervisor.supervisor import Supervisor
 
 SPEC = {
@@ -101,6 +105,31 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
     with ExitStack() as stack:
         stack.callback(broker.stop)
         yield broker
+
+
+@pytest.fixture
+def fetch() -> Iterator[Callable[..., LocalInputs]]:
+    """Fetches the inputs of an attempt on a host with a folder of models and an empty cache."""
+    with ExitStack() as held:
+
+        def run(
+            state: AttemptState, client: WorkerClient, models: Path, **changes: Any
+        ) -> LocalInputs:
+            work = state.folder.path.parent
+            given = {"models_dir": models, "work_dir": work, "is_offline": True}
+            settings = Settings(**(given | changes))
+            fetcher = ModelFetcher(
+                state.lease,
+                client,
+                settings,
+                state.folder.inputs,
+                state.must_stop,
+                lambda _: None,
+                held,
+            )
+            return InputFetcher(state, client, fetcher).fetch()
+
+        yield run
 
 
 @pytest.fixture

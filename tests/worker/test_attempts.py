@@ -26,7 +26,7 @@ def test_a_job_runs_to_its_end_and_leaves_only_its_log_on_the_workers_disk(
     assert kept_log(installation, job_id, 1).is_file()
 
 
-def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
+def test_the_trainer_gets_the_validation_file_and_without_a_hub_the_name_of_a_data_set(
     installation: ScriptedInstallation,
 ) -> None:
     content = '{"prompt": "Twice"}\n'
@@ -40,7 +40,7 @@ def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
         "validation_file": installation.upload(content.encode()),
     }
     job_id = installation.submit_spec(b'{"prompt": "unused"}\n', dar, **fields)
-    installation.need_worker()
+    installation.start_worker(is_offline=True)
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["status"] == "succeeded", job
     said = installation.messages(job_id)

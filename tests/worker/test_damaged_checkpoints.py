@@ -16,8 +16,9 @@ from worker.api import WorkerClient
 from worker.failures import failure_of
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
+from worker.models.local import InputFetchError
 from worker.spool import encode
-from worker.supervisor.inputs import InputFetcher, InputFetchError
+from worker.supervisor.inputs import LocalInputs
 from worker.supervisor.outcome import Finished
 from worker.supervisor.state import AttemptState
 from worker.supervisor.supervisor import Supervisor
@@ -58,8 +59,11 @@ DAMAGES = {
 class Setup:
     """A job that has written checkpoints of steps 2 and 4, and its next attempt."""
 
-    def __init__(self, installation: ScriptedInstallation, work: Path) -> None:
+    def __init__(
+        self, installation: ScriptedInstallation, work: Path, fetch: Callable[..., LocalInputs]
+    ) -> None:
         self.installation = installation
+        self.inputs_of = fetch
         self._work = work
         self._settings = installation.settings(node="test", slot="damaged")
         key = (installation.home / "worker_key").read_text().strip()
@@ -83,7 +87,7 @@ class Setup:
         )
         state = AttemptState(lease, folder, threading.Event())
         with contextlib.closing(self.client(lease)) as client:
-            return InputFetcher(state, client, self.installation.home / "models").fetch()
+            return self.inputs_of(state, client, self.installation.home / "models")
 
     def supervisor(self, lease: Lease) -> Supervisor:
         """Of an attempt whose trainer has ended, and whose rows and checkpoints have arrived."""
@@ -128,8 +132,10 @@ def upload(client: WorkerClient, lease: Lease, step: int) -> None:
 
 
 @pytest.fixture
-def setup(installation: ScriptedInstallation, tmp_path: Path) -> Setup:
-    made = Setup(installation, tmp_path)
+def setup(
+    installation: ScriptedInstallation, tmp_path: Path, fetch: Callable[..., LocalInputs]
+) -> Setup:
+    made = Setup(installation, tmp_path, fetch)
     lease = made.claim()
     with contextlib.closing(made.client(lease)) as client:
         for step in (2, 4):
@@ -178,7 +184,7 @@ def test_a_stop_before_a_step_ends_the_job_with_the_checkpoint_that_was_fetched(
     lease = setup.claim()
     supervisor = setup.supervisor(lease)
     models = setup.installation.home / "models"
-    InputFetcher(supervisor._state, supervisor._client, models).fetch()
+    setup.inputs_of(supervisor._state, supervisor._client, models)
     [whole] = setup.installation.checkpoints(setup.job_id)
     assert supervisor._state.resume_checkpoint_id == whole["id"]
     setup.installation.ask(setup.job_id, "stop")

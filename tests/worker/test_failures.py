@@ -43,8 +43,8 @@ from worker.attempt.main import StdinControl, attend, train_with_torch
 from worker.failures import failure_of, presentable
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
+from worker.models.local import InputFetchError
 from worker.supervisor.child_process import TrainerExit
-from worker.supervisor.inputs import InputFetchError
 from worker.supervisor.outcome import AttemptEnd, failure, judge, settle
 
 SECRET = "whsec_c2VjcmV0"
@@ -76,7 +76,7 @@ def launch(tmp_path: Path) -> Callable[..., Launch]:
         values: dict[str, Any] = {
             "folder": folder.path, "job_id": "ftjob-1", "spec": JobSpec.model_validate(spec), "seed": 1, "total_steps": 1,
             "model_folder": tmp_path / "models" / "tiny", "hub_model": None, "adapters": (), "training_file": training_file,
-            "resume_from": None, "reward_secret": SECRET, "threads": 1, "is_offline": True,
+            "resume_from": None, "reward_secret": SECRET, "threads": 1,
         }  # fmt: skip
         return Launch(**values | fields)
 
@@ -390,35 +390,16 @@ def test_a_model_that_does_not_load_is_the_users_at_the_first_attempt(
     assert "\n" not in end.message
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_the_first_attempt(
-    launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variable of this name says
-    far = {"model_folder": None, "hub_model": "nobody/nothing"}
-    end = trained(launch(**far, is_offline=False))
-    assert (end.kind, end.owner, end.code) == ("user", "user", "hub_unreachable")
-    assert end.message.startswith("the hub cannot be reached to load the model 'nobody/nothing' (")
-    end = trained(launch(**far))
-    assert (end.kind, end.code, end.param) == ("user", "training_failed", "model")
-    assert "this process may not call the hub" in end.message
-
-
-def test_a_gated_model_ends_the_job_at_once_and_its_sentence_hides_the_token(
+def test_a_hub_model_that_is_not_here_is_said_and_the_hub_is_not_asked(
     launch: Callable[..., Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = "hf_9XkQ2vRbW7mLpZt4"
-    with Hub({"team/gated": {}}, gated=frozenset({"team/gated"})) as hub:
+    with Hub({"team/policy": {"config.json": b"{}"}}) as hub:
         use_hub(monkeypatch, hub.endpoint, tmp_path / "hub")
-        far = {"model_folder": None, "hub_model": "team/gated", "is_offline": False}
-        ends = [trained(launch(**far))]
-        hub.complaint = f"{wrong} is no valid token"
-        ends.append(trained(launch(**far, hub_token=wrong)))
-    for end in ends:
-        assert (end.kind, end.owner, end.param) == ("user", "user", "model"), end
-        assert "the model 'team/gated'" in end.message
-        assert "set DAR_HF_TOKEN on the worker" in end.message
-    assert "accept its licence on its page of the hub" in ends[0].message
-    assert "(HTTP 401: [redacted] is no valid token)" in ends[1].message
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as in a trainer's environment
+        end = trained(launch(model_folder=None, hub_model="team/policy"))
+        assert hub.requests == []
+    assert (end.kind, end.code, end.param) == ("user", "training_failed", "model")
+    assert "this process may not call the hub" in end.message
 
 
 def answer(status: int) -> httpx2.Response:

@@ -1,4 +1,4 @@
-"""The token with which a worker's trainers load gated models: where it comes from and may be."""
+"""The token with which a worker loads gated models: where it comes from and may be."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,15 +100,20 @@ def test_a_job_of_gated_repositories_is_trained_and_the_token_stays_nowhere(
     rows = "hf://team/rows?split=train"
     job_id = installation.submit_spec(LINES, dar, model="team/policy", training_file=rows)
     trainers = installation.until(
-        lambda: found if len(found := installation.trainers()) == 2 else None, seconds=60
+        lambda: found if len(found := installation.trainers()) == 2 else None, seconds=90
     )
     others = psutil.Process(worker.pid).children(recursive=True)
     assert not any(TOKEN in shown_by(process) for process in [*trainers, *others])
     assert TOKEN not in " ".join(psutil.Process(worker.pid).cmdline())
 
+    assert not any("HF_TOKEN" in process.environ() for process in trainers)
+    assert all(process.environ()["HF_HUB_OFFLINE"] == "1" for process in trainers)
+
     job = installation.wait(job_id, "succeeded", "failed", seconds=120)
     assert job["status"] == "succeeded", job["error"]
     assert hub.asked().keys() == {(name, TOKEN) for name in REPOSITORIES}
+    [worker_now] = installation.api("GET", "/workers")["data"]
+    assert {"team/policy", "team/judge"} <= set(worker_now["models"])
     assert (tmp_path / "hf" / "hub").is_dir()
     stored = [*installation.home.rglob("*"), *tmp_path.rglob("*")]
     holding = [path for path in stored if path.is_file() and TOKEN.encode() in path.read_bytes()]

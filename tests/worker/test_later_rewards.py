@@ -180,7 +180,6 @@ def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
         resume_from=None,
         reward_secret=None,
         threads=1,
-        is_offline=True,
     )
     environment = trainer_environment(None, 1, is_offline=True)
     process = TrainerProcess([sys.executable, "-c", REPLAYING], folder, launch, environment)

@@ -80,9 +80,7 @@ def launch(folder: AttemptFolder) -> Launch:
         resume_from=None,
         reward_secret=SECRET,
         reward_access={"r": ACCESS},
-        hub_token=HUB_TOKEN,
         threads=1,
-        is_offline=True,
     )
 
 
@@ -110,7 +108,7 @@ def test_a_trainer_reads_its_launch_and_its_orders_and_its_log_hides_the_secret(
     assert heard.model_copy(update={"outbox": None}) == launch(folder)
     assert '{"type":"drain"}' in log
     assert how.code == 0
-    for secret in (SECRET, HUB_TOKEN, *ACCESS.secrets, "token-of-a-header", "key-of-another"):
+    for secret in (SECRET, *ACCESS.secrets, "token-of-a-header", "key-of-another"):
         assert secret in log
         assert secret not in how.log_tail
 

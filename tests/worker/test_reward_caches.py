@@ -56,7 +56,6 @@ def test_a_place_reaches_the_trainer(caches: RewardCaches, tmp_path: Path) -> No
         resume_from=None,
         reward_secret=None,
         threads=1,
-        is_offline=True,
         reward_cache=place,
     )
     assert Launch.model_validate_json(launch.model_dump_json()).reward_cache == place

@@ -22,9 +22,10 @@ from fakes.scripted_installation import ScriptedInstallation
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
+from worker.models.local import InputFetchError, safe_path
 from worker.supervisor import checkpoints
 from worker.supervisor.checkpoints import CheckpointUploader
-from worker.supervisor.inputs import InputFetcher, InputFetchError, safe_path
+from worker.supervisor.inputs import LocalInputs
 from worker.supervisor.state import AttemptState
 
 PART = 256 * 1024
@@ -184,11 +185,14 @@ def test_an_altered_local_checkpoint_never_becomes_visible(
 
 
 def test_inputs_are_fetched_over_a_broken_network_and_verified(
-    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    fetch: Callable[..., LocalInputs],
 ) -> None:
     proxy = CuttingProxy(installation.port, cuts=1, after=10)
     models = installation.home / "models"
-    inputs = InputFetcher(state, connect(proxy.url), models).fetch()
+    inputs = fetch(state, connect(proxy.url), models)
     proxy.close()
     assert proxy.cuts_left == 0
     assert inputs.training_file.read_bytes() == b'{"prompt": "Once"}\n'
@@ -199,10 +203,11 @@ def test_a_model_that_is_not_here_comes_from_the_service(
     installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
+    fetch: Callable[..., LocalInputs],
     tmp_path: Path,
 ) -> None:
-    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
-    assert inputs.model_folder == state.folder.inputs / "model"
+    inputs = fetch(state, connect(installation.url), tmp_path)
+    assert inputs.model_folder.is_relative_to(state.folder.path.with_name("models"))
     assert (inputs.model_folder / "config.json").read_text() == "{}"
 
 
@@ -210,13 +215,14 @@ def test_a_model_that_is_nowhere_is_said(
     installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
+    fetch: Callable[..., LocalInputs],
     tmp_path: Path,
 ) -> None:
     folder = installation.home / "models" / "tiny"
     aside = folder.rename(tmp_path / "aside")
     try:
         with pytest.raises(ModelNotFoundError, match="model 'tiny' was removed"):
-            InputFetcher(state, connect(installation.url), tmp_path).fetch()
+            fetch(state, connect(installation.url), tmp_path)
     finally:
         aside.rename(folder)
 
@@ -243,15 +249,16 @@ def test_a_reward_model_comes_from_the_service_unless_it_is_here(
     installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
+    fetch: Callable[..., LocalInputs],
     tmp_path: Path,
 ) -> None:
-    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
-    fetched = state.folder.inputs / "reward_models" / "rm"
-    assert inputs.reward_models == {"rm": fetched}
+    inputs = fetch(state, connect(installation.url), tmp_path)
+    [fetched] = inputs.reward_models.values()
+    assert fetched.is_relative_to(state.folder.path.with_name("models"))
     assert (fetched / "config.json").read_text() == '{"num_labels": 1}'
     here = tmp_path / "judge"
     here.mkdir()
-    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    inputs = fetch(state, connect(installation.url), tmp_path)
     assert inputs.reward_models == {"rm": here}
 
 
@@ -261,12 +268,13 @@ def test_a_reward_model_that_is_nowhere_is_said(
     judge: Path,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
+    fetch: Callable[..., LocalInputs],
     tmp_path: Path,
 ) -> None:
     aside = judge.rename(tmp_path / "aside")
     try:
         with pytest.raises(ModelNotFoundError, match="component rm was removed"):
-            InputFetcher(state, connect(installation.url), tmp_path).fetch()
+            fetch(state, connect(installation.url), tmp_path)
     finally:
         aside.rename(judge)
 

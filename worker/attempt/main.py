@@ -145,9 +145,8 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
             launch.reward_access, launch.reward_guard, control.inbox, launch.reward_cache
         ),
         reward_models=launch.reward_models,
-        hub_token=launch.hub_token,
         threads=launch.threads,
-        offline=launch.is_offline,
+        offline=True,  # the worker has fetched what the hub has
     )
     return train_job(inputs, sink, control)
 

@@ -8,6 +8,7 @@ stopping: cancels, pauses, drains or stops the trainer: an order, then SIGTERM, 
 watchdog: notices a trainer that makes no progress, and ends it.
 outcome: what is reported when the trainer has ended: complete, fail, retry or release.
 inputs: downloads training file, model, adapters and resume checkpoint.
+row_loading: rows of a hub's data set, loaded before the trainer starts.
 sender: sends the spool to the service, in order.
 log_sender: sends the end of the trainer's log.
 checkpoints: uploads published checkpoints in parts.

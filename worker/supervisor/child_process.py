@@ -62,7 +62,7 @@ def trainer_environment(
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     if is_offline:
-        environment["HF_HUB_OFFLINE"] = "1"
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     return environment
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dar.client.transport import Backoff
 from dar.disk import read_if_there
 from dar.errors import DARError
-from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
+from dar.protocol.worker import AttemptProgress, Directive, Heartbeat, ModelInventory
 from worker.api import WorkerClient
 from worker.folders import SlotFolder
 from worker.supervisor.state import LOST, AttemptState, seconds_since_boot
@@ -31,10 +31,19 @@ class Heartbeats:
 
     Args:
         interval_seconds: Longest pause; at most a quarter of the lease's time to live.
+        models: Lists the models of this host, which are sent when they have changed.
     """
 
-    def __init__(self, state: AttemptState, client: WorkerClient, interval_seconds: float) -> None:
+    def __init__(
+        self,
+        state: AttemptState,
+        client: WorkerClient,
+        interval_seconds: float,
+        models: Callable[[], ModelInventory | None] = lambda: None,
+    ) -> None:
         self._state = state
+        self._models = models
+        self._sent_models: ModelInventory | None = None
         self._client = client
         self._interval = min(interval_seconds, state.lease.ttl_seconds / 4)
 
@@ -51,12 +60,15 @@ class Heartbeats:
         def beat() -> None:
             slot.mark_alive()
             sent[0] = self.progress()
-            heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
+            models = self._models()
+            news = None if models == self._sent_models else models
+            heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0], models=news)
             began = seconds_since_boot()
             self._state.is_service_away = True
             self._client.heartbeat(lease.lease_id, heartbeat)
             self._state.is_service_away = False
             self._state.renewed_at = began
+            self._sent_models = models
 
         self._client.until_answered(beat, "heartbeat", longest=self._interval)
         return sent[0]

@@ -6,22 +6,18 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
-from dar.disk import file_sha256, link_out_of
-from dar.errors import (
-    ConflictError,
-    DARError,
-    FencedError,
-    ModelNotFoundError,
-    ServiceUnavailableError,
-)
-from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
+from dar.disk import file_sha256
+from dar.errors import ConflictError, FencedError, ServiceUnavailableError
+from dar.protocol.worker import REWARD_MODELS, InputFile
 from worker.api import GaveUpError, WorkerClient
 from worker.failures import NETWORK
+from worker.models.fetching import MODEL, ModelFetcher, check_room
+from worker.models.local import InputFetchError, safe_path
 from worker.store_client import StoreClient
 from worker.supervisor.state import AttemptState
 
@@ -32,14 +28,6 @@ RESUME = "resume"
 """Folder of the checkpoint that an attempt resumes from."""
 LOOK_SECONDS = 0.1
 VERIFY_ATTEMPTS = 3
-RESERVED_BYTES = 256 * 1024**2
-"""Free disk space that a download must leave."""
-
-
-class InputFetchError(DARError):
-    """An input cannot be downloaded: it is altered, wrongly named, or the disk is full."""
-
-    code = "input_failed"
 
 
 class InputDamagedError(InputFetchError):
@@ -54,74 +42,21 @@ class LocalInputs:
     """None: the job names a data set of the hub."""
     validation_file: Path | None
     model_folder: Path | None
-    """None: the model comes from the hub."""
+    """None: only the cache of the hub's library may have the model."""
     adapters: tuple[Path, ...]
     resume_from: Path | None
     reward_models: Mapping[str, Path] = field(default_factory=dict)
-    """Folders by component name; the others come from the hub."""
-
-
-def local_model(lease: Lease, models_path: Path) -> Path | None:
-    """The folder of the job's model on this machine; None: it must be downloaded.
-
-    Raises:
-        InputFetchError: A file in it is a link to a place outside.
-    """
-    if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
-        return None
-    return _local_folder(models_path, lease.model.name)
-
-
-def _local_folder(models_path: Path, name: str) -> Path | None:
-    folder = safe_path(models_path, name)
-    if not folder.is_dir():
-        return None
-    if (link := link_out_of(folder)) is not None:
-        raise InputFetchError(
-            f"model {name!r} cannot be used: {link} in {folder} is a symbolic link to a place "
-            "outside of it; replace the link by the file",
-            code="installation_broken",
-        )
-    return folder
-
-
-def folder_reward_models(lease: Lease) -> dict[str, str]:
-    """The job's reward models that are folders under a models directory, by component name."""
-    rewards = lease.spec.dar.rewards
-    components = () if rewards is None else rewards.components
-    return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
-
-
-def safe_path(folder: Path, name: str) -> Path:
-    """``folder / name``, for a name that stays inside the folder.
-
-    Raises:
-        InputFetchError: It leaves the folder.
-    """
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or any(part in {"..", "."} for part in parts):
-        raise InputFetchError(
-            f"the service named an input {name!r}, which is not a path in a folder"
-        )
-    return folder.joinpath(*parts)
-
-
-def _removed(what: str, param: str) -> ModelNotFoundError:
-    return ModelNotFoundError(
-        f"the {what} was removed after the job was submitted: it is in the models directory of "
-        "neither the service nor the worker; install it again, then resume the job",
-        param=param,
-    )
+    """Folders by component name; only the cache of the hub's library may have the others."""
 
 
 class InputFetcher:
     """Fetches the inputs of one attempt."""
 
-    def __init__(self, state: AttemptState, client: WorkerClient, models_path: Path) -> None:
+    def __init__(self, state: AttemptState, client: WorkerClient, models: ModelFetcher) -> None:
         self._state = state
         self._lease = state.lease
         self._client = client
-        self._models_path = models_path
+        self._models = models
         self._folder = state.folder.inputs
         self._store = StoreClient(state.must_stop)
         self._urls: Mapping[tuple[str, str], str] = {}
@@ -134,7 +69,8 @@ class InputFetcher:
 
         Raises:
             InputFetchError: A file cannot be downloaded.
-            ModelNotFoundError: A model was removed after the submission.
+            ModelNotFoundError: A model was removed after the submission, or the hub refuses it.
+            HubUnreachableError: The hub does not answer, and this host lacks a model of it.
             GaveUpError: The attempt must stop.
             DARError: The service rejects the request.
         """
@@ -189,51 +125,32 @@ class InputFetcher:
         raise GaveUpError("check of inputs")
 
     def _fetch(self) -> LocalInputs:
-        lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
+        lease_id = self._lease.lease_id
         inputs = self._until_answered(lambda: self._client.inputs(lease_id), "inputs")
         files, self._state.resume_checkpoint_id = inputs.files, inputs.resume_checkpoint_id
         self._note_urls(files)
-        reward_models = self._reward_models()
-        local = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
-        if here is not None:
-            local.append("model/")
-        wanted = [file for file in files if not file.name.startswith(tuple(local))]
-        self._check_room(sum(file.bytes for file in wanted))
+        models = self._models.fetch(files, self._fetch_one)
+        of_models = tuple(f"{prefix}/" for prefix in models)
+        wanted = [file for file in files if not file.name.startswith(of_models)]
+        check_room(self._folder, sum(file.bytes for file in wanted))
         for file in wanted:
-            self._fetch_one(file)
-        model = here
-        if model is None and (self._folder / "model").is_dir():
-            model = self._folder / "model"
-        if model is None and self._lease.model.kind == "folder":
-            raise _removed(f"model {self._lease.model.name!r}", "model")
-        for name, folder in reward_models.items():
-            if not folder.is_dir():
-                raise _removed(f"reward model of component {name}", "method.dar.rewards")
+            self._fetch_one(file, safe_path(self._folder, file.name))
         resumes = any(file.name.startswith(f"{RESUME}/") for file in wanted)
         return LocalInputs(
             training_file=self._uploaded("training_file", wanted),
             validation_file=self._uploaded("validation_file", wanted),
-            model_folder=model,
+            model_folder=models.get(MODEL),
             adapters=tuple(
                 self._folder / "adapters" / str(number)
                 for number in range(len(self._lease.model.adapter_ids))
             ),
             resume_from=self._folder / RESUME if resumes else None,
-            reward_models=reward_models,
+            reward_models={
+                prefix.removeprefix(f"{REWARD_MODELS}/"): folder
+                for prefix, folder in models.items()
+                if prefix != MODEL
+            },
         )
-
-    def _local_rewards(self) -> dict[str, Path]:
-        """Reward models that are on this machine already."""
-        named = folder_reward_models(self._lease).items()
-        places = {name: _local_folder(self._models_path, model) for name, model in named}
-        return {name: place for name, place in places.items() if place is not None}
-
-    def _reward_models(self) -> dict[str, Path]:
-        """Path of each reward model once everything is downloaded."""
-        fetched = {
-            name: self._folder / REWARD_MODELS / name for name in folder_reward_models(self._lease)
-        }
-        return fetched | self._local_rewards()
 
     def _uploaded(self, name: str, files: Iterable[InputFile]) -> Path | None:
         return self._folder / name if any(file.name == name for file in files) else None
@@ -241,17 +158,7 @@ class InputFetcher:
     def _until_answered(self, call: Callable[[], Answer], what: str) -> Answer:
         return self._client.until_answered(call, what, give_up=self._state.must_stop)
 
-    def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if free < needed + RESERVED_BYTES:
-            raise InputFetchError(
-                f"the worker's disk has {free:,} bytes free, but the job's inputs need {needed:,} "
-                f"and {RESERVED_BYTES:,} must stay free; make room on that worker",
-                code="disk_full",
-            )
-
-    def _fetch_one(self, file: InputFile) -> None:
-        target = safe_path(self._folder, file.name)
+    def _fetch_one(self, file: InputFile, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".tmp-{target.name}")
         for _ in range(VERIFY_ATTEMPTS):

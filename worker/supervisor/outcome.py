@@ -134,9 +134,15 @@ def of_the_user(attempt: int, error: DARError) -> Fail:
     )
 
 
-def failure(attempt: int, error: BaseException) -> Fail:
-    """The report when the worker itself could not continue the attempt."""
-    found = failure_of(error)
+def failure(attempt: int, error: BaseException, *, has_begun: bool = False) -> Fail:
+    """The report when the worker itself could not continue the attempt.
+
+    Args:
+        attempt: Its number.
+        error: What ended it.
+        has_begun: See `worker.failures.failure_of`.
+    """
+    found = failure_of(error, has_begun=has_begun)
     return Fail(
         attempt=attempt,
         kind="transient",

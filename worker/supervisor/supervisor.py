@@ -11,18 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
 from dar.disk import read_if_there
-from dar.errors import ConflictError, DARError, FencedError, ModelNotFoundError
+from dar.errors import (
+    ConflictError,
+    DARError,
+    FencedError,
+    HubUnreachableError,
+    ModelNotFoundError,
+)
 from dar.fault_points import fault_point
-from dar.protocol.worker import Complete, Directive, Fail, Lease, Outcome, Release
+from dar.protocol.worker import (
+    AttemptProgress,
+    Complete,
+    Directive,
+    Fail,
+    Lease,
+    Outcome,
+    Release,
+)
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
+from worker.models.cache import inventory
+from worker.models.fetching import ModelFetcher
 from worker.self_check import examine
 from worker.spool import SpoolReader, SpoolRoom
 from worker.supervisor.checkpoints import CheckpointUploader
@@ -44,6 +61,7 @@ from worker.supervisor.outcome import (
 )
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
+from worker.supervisor.row_loading import RowsFailedError, load_rows
 from worker.supervisor.sender import SpoolSender
 from worker.supervisor.state import LOST, AttemptState
 from worker.supervisor.stopping import LAST_ROWS_SECONDS, Parking, Stopping
@@ -90,7 +108,7 @@ class Supervisor:
         """Whether the attempt failed by a fault of this machine."""
         self._command = command
         self._held = contextlib.ExitStack()
-        """The lock of the attempt's folder."""
+        """Locks of the attempt's folder and of its models."""
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
         self._cancelled_at: float | None = None
@@ -99,7 +117,9 @@ class Supervisor:
         """Until when a job that has to leave its slot waits for room in the artifact store."""
         self._arrived = [threading.Event(), threading.Event()]
         """Set when all rows have arrived, and when all checkpoints have."""
-        self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
+        self._heartbeats = Heartbeats(
+            self._state, self._client, settings.heartbeat_seconds, lambda: inventory(settings)
+        )
         self._watchdog = Watchdog(
             self._state,
             self._heartbeats.reported,
@@ -109,6 +129,15 @@ class Supervisor:
         )
         self._bridge: RewardBridge | None = None
         self._caches = RewardCaches.of(settings)
+        self._models = ModelFetcher(
+            lease,
+            self._client,
+            settings,
+            self._folder.inputs,
+            self._state.must_stop,
+            self._show,
+            self._held,
+        )
         self._uploader = CheckpointUploader(
             self._state, self._client, lease.spec.dar.checkpointing.keep_last
         )
@@ -180,13 +209,21 @@ class Supervisor:
     def _execute(self) -> AttemptEnd | None:
         """Fetch, train, send; None if the lease is lost."""
         try:
-            inputs = InputFetcher(self._state, self._client, self._settings.models_path).fetch()
+            inputs = InputFetcher(self._state, self._client, self._models).fetch()
+            if inputs.training_file is None and not self._settings.is_offline:
+                inputs = replace(inputs, training_file=load_rows(self._state, self._settings))
         except GaveUpError:
             return self._end_without_trainer()
         except LOST:
             raise
+        except RowsFailedError as error:
+            return error.report(self._lease.attempt)
         except ModelNotFoundError as error:
             return of_the_user(self._lease.attempt, error)
+        except HubUnreachableError as error:
+            if self._state.resume_checkpoint_id is None:
+                return of_the_user(self._lease.attempt, error)
+            return failure(self._lease.attempt, error, has_begun=True)
         except DARError as error:
             return failure(self._lease.attempt, error)
         fault_point("worker.fetched")
@@ -194,6 +231,10 @@ class Supervisor:
         if self._state.lost.is_set():
             return None
         return self._judge(ended)
+
+    def _show(self, message: str) -> None:
+        """Show what the attempt does before its trainer runs."""
+        self._state.first_progress = AttemptProgress(phase="starting", step=0, message=message)
 
     def _end_without_trainer(self) -> AttemptEnd | None:
         if self._state.lost.is_set():
@@ -208,7 +249,7 @@ class Supervisor:
         environment = trainer_environment(
             self._settings.devices,
             launch.threads,
-            is_offline=launch.is_offline,
+            is_offline=True,
             processes=launch.processes,
         )
         rows, checkpoints = self._arrived
@@ -240,7 +281,7 @@ class Supervisor:
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
-        lease, token = self._lease, self._settings.hf_token
+        lease = self._lease
         return Launch(
             folder=self._folder.path,
             job_id=lease.job_id,
@@ -256,11 +297,9 @@ class Supervisor:
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
             reward_access=lease.rewards,
-            hub_token=None if token is None else token.get_secret_value(),
             reward_guard=EgressPolicy.from_settings(self._settings),
             reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
-            is_offline=self._settings.is_offline,
             spool_bytes=self._settings.spool_bytes,
             log_bytes=min(LOG_BYTES, self._settings.trainer_logs_bytes // 4),
         )

@@ -1,8 +1,9 @@
 """Data sets of a hub, loaded without running their code."""
 
+from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import load_dataset, load_from_disk
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars
 from huggingface_hub import is_offline_mode
@@ -43,6 +44,19 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False, token: str | None 
         )
     except Exception as error:  # noqa: BLE001 - odd files raise anything in datasets
         blame(error, what, f"{what} cannot be loaded", param=PARAM, is_offline=is_offline)
+    rows: Rows = loaded
+    return rows
+
+
+def save_rows(rows: Rows, folder: Path) -> None:
+    """Write rows of `load_hub_rows` for `load_saved_rows`, in another process."""
+    loaded: Any = rows
+    loaded.save_to_disk(str(folder))
+
+
+def load_saved_rows(folder: Path) -> Rows:
+    """Rows that `save_rows` has written."""
+    loaded: Any = load_from_disk(str(folder))
     rows: Rows = loaded
     return rows
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from dar.errors import DARError, HubUnreachableError, TrainingError
+from dar.protocol import hub_refusals
 
 MACHINE_ERRORS = frozenset(
     {
@@ -29,11 +30,6 @@ NO_MEMORY = re.compile(r"[Tt]ried to allocate \d[\d.]* ?\w+")
 GATED_ROWS = "is a gated dataset on the Hub"
 NO_ROWS = "doesn't exist on the Hub or cannot be accessed"
 """What `datasets` says in place of the hub's answer, which it drops."""
-REFUSALS = frozenset({401, 403})
-"""HTTP statuses of a token that is not valid, or lacks a right."""
-SET_VARIABLE = "set DAR_HF_TOKEN on the worker (HF_TOKEN for dar train) to a token of {}"
-PASSING_STATUSES = frozenset({408, 425, 429})
-"""HTTP statuses below 500 that a later request may not get."""
 
 
 def blame(error: Exception, what: str, failed: str, *, param: str, is_offline: bool) -> NoReturn:
@@ -76,32 +72,20 @@ def _of_hub(error: BaseException, what: str, *, param: str, is_offline: bool) ->
             "local copy",
             param=param,
         )
-    return HubUnreachableError(
-        f"the hub cannot be reached to load {what} ({first_line(chain[-1])}); use a local copy, or "
-        "try again with a connection",
-        param=param,
-    )
+    return HubUnreachableError(hub_refusals.unreachable(what, first_line(chain[-1])), param=param)
 
 
 def _refusal(chain: Sequence[BaseException], what: str) -> str | None:
     """Why the hub does not give ``what`` to this account; None if that is not the cause."""
     if any(isinstance(one, GatedRepoError) or GATED_ROWS in str(one) for one in chain):
-        return (
-            f"the hub gives {what} only to accounts that its owner has accepted; accept its "
-            f"licence on its page of the hub, and {SET_VARIABLE.format('that account')}"
-        )
+        return hub_refusals.gated(what)
     if any(isinstance(one, RepositoryNotFoundError) or NO_ROWS in str(one) for one in chain):
-        return (
-            f"the hub does not have {what}, or keeps it private; check the name, use a local copy, "
-            f"or, if it is private, {SET_VARIABLE.format('an account that may read it')}"
-        )
+        return hub_refusals.missing(what)
     for one in chain:
-        if isinstance(one, HfHubHTTPError) and one.response.status_code in REFUSALS:
-            says = "" if one.server_message is None else f": {one.server_message.splitlines()[0]}"
-            return (
-                f"the hub refuses {what} (HTTP {one.response.status_code}{says.rstrip('.')}); "
-                f"{SET_VARIABLE.format('an account that may read it')}"
-            )
+        if isinstance(one, HfHubHTTPError):
+            status = one.response.status_code
+            if status in hub_refusals.REFUSALS:
+                return hub_refusals.refused(what, status, one.server_message)
     return None
 
 
@@ -139,6 +123,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_unreachable(error: BaseException) -> bool:
     """Whether only the network or the hub's servers failed, and the files may exist."""
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return status >= 500 or status in PASSING_STATUSES
+        return hub_refusals.is_passing(error.response.status_code)
     return isinstance(error, LocalEntryNotFoundError | ConnectionError | httpx2.TransportError)
