@@ -5,7 +5,8 @@ the result. On the brackets, with the batch of the demo's job, the objective as 
 known optimum for the alpha that was chosen.
 
 Arguments, all optional: the number of seeds; factors of the reward, with commas between (figures
-are in units of the plain reward, and equal digests mean equal weights); tasks.
+are in units of the plain reward, and equal digests mean equal weights); tasks, of which ``long`` is
+reviews with more steps.
 """
 
 import copy
@@ -32,7 +33,8 @@ from dar.training.demo.languages import NEW_TOKENS, OPENINGS, PROMPTS
 from dar.training.demo.trial import quiet_config
 
 SEEDS = 5
-REVIEWS: dict[str, Any] = {"max_steps": 60, "max_new_tokens": 24}
+REVIEWS: dict[str, Any] = {"max_new_tokens": 24}
+STEPS = {"reviews": 60, "long": 300}
 BRACKETS: dict[str, Any] = {
     "max_steps": 300,
     "max_new_tokens": NEW_TOKENS,
@@ -52,13 +54,13 @@ def positivity(prompts: Sequence[str], completions: Sequence[str]) -> list[float
     ]
 
 
-def reviews(seed: int, scale: float, model: str) -> dict[str, Any]:
+def reviews(seed: int, scale: float, model: str, steps: int) -> dict[str, Any]:
     """Figures of one run over the demo's prompts."""
     rows = [{"prompt": opening} for opening in OPENINGS]
     with tempfile.TemporaryDirectory() as folder:
         trainer = DARTrainer(
             model,
-            quiet_config(folder, seed, REVIEWS),
+            quiet_config(folder, seed, {**REVIEWS, "max_steps": steps}),
             rows,
             scaled(positivity, scale),
             eval_dataset=rows * MEASURED,
@@ -150,9 +152,9 @@ def main() -> None:
     for task in given[2].split(","):
         for scale in map(float, given[1].split(",")):
             runs = [
-                reviews(seed, scale, str(Path(cache) / "model"))
-                if task == "reviews"
-                else brackets(seed, scale)
+                brackets(seed, scale)
+                if task == "brackets"
+                else reviews(seed, scale, str(Path(cache) / "model"), STEPS[task])
                 for seed in range(int(given[0]))
             ]
             found[f"{task} x {scale:g}"] = figures = columns(runs)

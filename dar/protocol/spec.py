@@ -95,8 +95,9 @@ class Hyperparameters(Input):
     """Behavior log-probabilities: ``sampled`` takes those of the distribution that was sampled,
     filters and temperature included; ``policy`` takes the policy's own at temperature 1."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate; null: chosen by the size of the model, and by whether its full weights or
-    an adapter are trained. An event names the choice."""
+    """Peak learning rate; null: chosen by the size of the model, by whether its full weights or an
+    adapter are trained, and with ``kl_budget`` by the number of steps and their completions. An
+    event names the choice."""
     learning_rate_multiplier: Annotated[
         float,
         BeforeValidator(

@@ -134,7 +134,9 @@ def check_data(
     )
 
 
-def choose_learning_rate(config: DARConfig, policy: LanguageModel) -> None:
+def choose_learning_rate(
+    config: DARConfig, policy: LanguageModel, row_count: int, rewards: GivenRewards
+) -> None:
     """Settle the learning rate of ``config`` by the policy that it will train, in place.
 
     Raises:
@@ -148,6 +150,8 @@ def choose_learning_rate(config: DARConfig, policy: LanguageModel) -> None:
         weights=(frozen or trained) if is_adapter else frozen + trained,
         trained_weights=trained,
         is_adapter=is_adapter,
+        completions=config.dar_k
+        * config.step_plan(row_count, is_replay=not rewards.is_online).per_step,
     )
 
 

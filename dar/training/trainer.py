@@ -206,7 +206,7 @@ class DARTrainer(OptimizingTrainer):
             base_name=base_name,
             is_offline=is_offline,
         )
-        choose_learning_rate(config, policy.model)
+        choose_learning_rate(config, policy.model, len(train_dataset), given)
         with unchanged_cache_option(policy.model):
             super().__init__(
                 model=policy.model,

@@ -37,6 +37,8 @@ from dar.training.parallel.sharding import (
 from dar.training.report.sink import StopRequestedError
 from dar.training.run_context import RunContext
 
+MULTIPLIER = "rate_multiplier"
+"""What a learning rate that was chosen was multiplied by; earlier versions do not say it."""
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 """Arguments of which a resumed run may have larger ones."""
 Write = Callable[[Path], None]
@@ -89,6 +91,8 @@ class RunCheckpoints:
         self._hub = hub
         self._decisive = decisive
         self._parts = parts
+        chosen = run.trainer.args.chosen_rate
+        self._multiplier: float | None = None if chosen is None else chosen.multiplier
         self.config_sha256 = checkpoint.digest(decisive)
         self._is_resized = is_resized
         self._members = members
@@ -148,7 +152,7 @@ class RunCheckpoints:
         )
         self._resumed = checkpoint.ResumeState.load(folder)
         if manifest.config_sha256 != self.config_sha256:
-            self._keep_rate(self._resumed.trainer.get("decisive"))
+            self._keep_rate(self._resumed.trainer)
             self._keep_budget(manifest, self._resumed.trainer.get("decisive"))
         if manifest.config_sha256 != self.config_sha256:
             self._compare(folder, self._resumed.trainer.get("decisive"))
@@ -158,16 +162,18 @@ class RunCheckpoints:
             self._own_folders = (self.root / folder.name,)
         return manifest
 
-    def _keep_rate(self, before: Mapping[str, Any] | None) -> None:
+    def _keep_rate(self, resumed: Mapping[str, Any]) -> None:
         """Go on with the checkpoint's learning rate if this run would only choose one.
 
-        The choice may have changed between two versions.
+        The choice may have changed between two versions, or with the length of the run. With
+        another multiplier it does not go on.
         """
-        args = self._run.trainer.args
-        if before is None or args.chosen_rate is None or args.chosen_rate.multiplier != 1:
+        args, before = self._run.trainer.args, resumed.get("decisive")
+        if before is None or (chosen := args.chosen_rate) is None:
             return
-        rate = before["config"]["learning_rate"]
-        if rate == args.learning_rate:
+        rate, multiplier = before["config"]["learning_rate"], resumed.get(MULTIPLIER)
+        is_earlier = multiplier is None and rate == chosen.without_budget
+        if rate == args.learning_rate or not (chosen.multiplier in (1, multiplier) or is_earlier):
             return
         self._run.sink.event(
             "info",
@@ -176,6 +182,7 @@ class RunCheckpoints:
             {"kind": "kept_learning_rate", "learning_rate": rate, "chosen": args.learning_rate},
         )
         args.learning_rate, args.chosen_rate = rate, None
+        self._multiplier = multiplier or chosen.multiplier
         self._decisive["config"]["learning_rate"] = rate
         self.config_sha256 = checkpoint.digest(self._decisive)
 
@@ -421,6 +428,7 @@ class RunCheckpoints:
             "environment": self._environment(),
             "decisive": self._decisive,
             "parts": self._parts,
+            MULTIPLIER: self._multiplier,
         }
         for member in self._members:
             own |= member.state()

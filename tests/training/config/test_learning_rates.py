@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import CheckpointError, InvalidRequestError
 from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, train_job
-from dar.training.config.learning_rates import RATE_RULES, Trained
+from dar.training.config.learning_rates import RATE_RULES, BudgetedRun, ChosenRate, Trained
 from fakes.recording_sink import RecordingSink
 
 BRACKETS, REVIEWS, SMOLLM2 = 46_800, 659_328, 134_515_008
@@ -108,6 +108,54 @@ def test_some_weights_of_a_model_are_named_as_such(
     total = sum(one.numel() for one in trainer.model.parameters())
     assert trainer.args.learning_rate == RATE_RULES["full"].rate(total)
     assert "weights of a model; give learning_rate" in chosen_by(sink)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "completions", "rate"),
+    [
+        (10, 32, 5.1e-4),
+        (60, 32, 2.7e-4),
+        (300, 32, 1.2e-4),
+        (300, 64, 1.7e-4),
+        (30_000, 32, 1.2e-5),
+    ],
+)
+def test_under_a_budget_a_long_run_of_small_steps_gets_a_smaller_rate(
+    steps: int, completions: int, rate: float
+) -> None:
+    run = BudgetedRun(steps, completions)
+    assert ChosenRate("full", REVIEWS, REVIEWS, 1.0, run).value == rate
+    assert ChosenRate("full", REVIEWS, REVIEWS, 3.0, run).value == 3 * rate
+    # brackets, 300 steps of 96: the rate that was measured is also the largest
+    assert ChosenRate("full", BRACKETS, BRACKETS, 1.0, BudgetedRun(300, 96)).value == 1e-3
+
+
+WIDE = {"intermediate_size": 8192}
+"""A model of 0.8 million weights, so that its rate is not the largest."""
+
+
+def test_a_trainer_with_a_budget_counts_the_completions_that_a_step_really_has(
+    make_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Callable[..., DARConfig],
+    reward: Callable[..., list[float]],
+) -> None:
+    def chosen(**other: Any) -> tuple[float | None, str]:
+        epochs = {"max_steps": -1, "num_train_epochs": 72, "per_device_train_batch_size": 99}
+        args = config(**{"learning_rate": None, **epochs, **other})
+        rows = [{"prompt": "w10"}] * 2  # so that there are 72 steps of 2 x 4 completions
+        made = DARTrainer(make_model(**WIDE), args, rows, reward, processing_class=tokenizer).args
+        return made.learning_rate, made.chosen_rate.message if made.chosen_rate else ""
+
+    [usual, _] = chosen()
+    assert usual == chosen(alpha=0.1)[0] == chosen(preset="paper")[0]
+    [rate, message] = chosen(kl_budget=1.0)
+    assert usual is not None
+    assert rate == pytest.approx(usual * math.sqrt(8 / (2 * 72)), rel=0.03)
+    assert "weights of a model" in message
+    assert ", for kl_budget in 72 steps of 8 completions; give learning_rate" in message
+    assert chosen(kl_budget=0.5) == (rate, message)
+    assert chosen(kl_budget=1.0, learning_rate=2e-3) == (2e-3, "")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
@@ -224,3 +272,43 @@ def test_a_resumed_run_keeps_the_rate_that_it_began_with(
     for other in ({"learning_rate": 1e-3}, {"learning_rate": None, "learning_rate_multiplier": 2}):
         with pytest.raises(CheckpointError, match=r"learning_rate was 1e-06 and is 0\.\d+; resume"):
             train(half, settings=saving | other)
+
+
+@pytest.mark.parametrize("is_earlier_version", [False, True])
+def test_a_run_with_a_budget_that_is_made_longer_keeps_its_rate(
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: RecordingSink,
+    tmp_path: Path,
+    is_earlier_version: bool,
+) -> None:
+    """The length counts in the choice; earlier versions chose as if there were no budget."""
+    usual: dict[str, Any] = {
+        "kl_budget": 1.0, "per_device_train_batch_size": 2, "dar_k": 2, "max_steps": 4, "learning_rate": None,
+        "learning_rate_multiplier": 0.5, "save_strategy": "steps", "save_steps": 3,
+    }  # fmt: skip
+
+    def run(resume: Path | None = None, **other: Any) -> float:
+        model, settings = make_model(**WIDE), usual | other
+        rate = train(resume, model=model, sink=sink, settings=settings).args.learning_rate
+        assert rate is not None
+        return rate
+
+    weights = sum(one.numel() for one in make_model(**WIDE).parameters())
+    unbudgeted = RATE_RULES["full"].rate(weights) * 0.5
+    given = {"learning_rate": unbudgeted, "learning_rate_multiplier": 1}
+    before = run(**(given if is_earlier_version else {}))
+    share = 1 if is_earlier_version else math.sqrt(1 / 2)
+    assert before == pytest.approx(unbudgeted * share, rel=0.03)
+    half = tmp_path / "out" / "checkpoints" / "step-3"
+    assert run(half) == before
+    sink.events.clear()
+    assert run(half, max_steps=8) == before
+    assert sink.reports[5]["train/learning_rate"] == before / 2
+    [data] = [data for _, _, data in sink.events if data and data["kind"] == "kept_learning_rate"]
+    assert data["learning_rate"] == before
+    assert data["chosen"] == pytest.approx(unbudgeted / 2, rel=0.03)
+    last = tmp_path / "out" / "checkpoints" / "step-6"
+    assert run(last, max_steps=8) == run(last, max_steps=9) == before  # as after a crash
+    with pytest.raises(CheckpointError, match="learning_rate was"):
+        run(half, learning_rate_multiplier=3)
