@@ -102,8 +102,12 @@ MAIN_MODULES = {
     "worker": ["worker.slot", "worker.app"],
     # process 0 of the trainer
     "worker/attempt": ["worker.attempt.main"],
-    # the two commands
-    "service/backup": ["service.backup.backup", "service.backup.restore"],
+    # the three commands
+    "service/backup": [
+        "service.backup.backup",
+        "service.backup.restore",
+        "service.backup.move",
+    ],
 }
 """Modules that hold a folder's main class, besides its ``__init__``, its ``__main__`` and the
 module with the folder's own name; each with what makes it one."""
