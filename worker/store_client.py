@@ -85,7 +85,7 @@ class _Connection(http.client.HTTPConnection):
         super().connect()
         self.sock.settimeout(SILENCE_SECONDS)
 
-    def request(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - passed on
+    def request(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - passed on as they are
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             super().request(*args, **options)
 

@@ -17,8 +17,8 @@ def open_storage(settings: Settings) -> Storage:
     if url is None or not url.startswith("s3://"):
         return FolderStorage(settings.artifacts_path)
     # Their libraries take 0.8 s and 45 MB, and an installation with a folder needs neither.
-    from service.storage.s3 import S3Storage  # noqa: PLC0415 - see above
-    from service.storage.signing import Bucket  # noqa: PLC0415 - see above
+    from service.storage.s3 import S3Storage  # noqa: PLC0415 - slow to import, see above
+    from service.storage.signing import Bucket  # noqa: PLC0415 - slow to import, see above
 
     parts = urlsplit(url)
     secret = settings.s3_secret_access_key

@@ -1,4 +1,4 @@
-"""Rows of random histories: no processes, but every order of messages; see `fakes.job_machine`."""
+"""Rows of random histories: no processes, but every order of messages: `fakes.histories`."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ import structlog
 from chaos.scoreboard import Result, Row
 from chaos.stack import DIALECTS, Dialect
 from dar.settings import Settings
-from fakes.job_machine import explore
+from fakes.histories.job_machine import explore
 from fakes.postgres import Postgres
 from fakes.world import FakeClock
 from service import migrate

@@ -1,4 +1,4 @@
-"""Random histories of messages and crashes leave what the model has; see `fakes.job_machine`."""
+"""Random histories of messages and crashes leave what the model has: `fakes.histories`."""
 
 import shutil
 import tempfile
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fakes.job_machine import explore
+from fakes.histories.job_machine import explore
 from fakes.world import FakeClock
 from service.store import fence, outcomes, poison
 from service.store.database import Database

@@ -31,7 +31,7 @@ from dar.errors import DARError
 from dar.protocol.checkpoints import MANIFEST_NAME
 from dar.protocol.status import TERMINAL
 from dar.protocol.worker import Claim, Complete, Fail, MetricsRow, Release
-from fakes.job_model import STEPS, JobModel, ModelAttempt, ModelJob, Place
+from fakes.histories.job_model import STEPS, JobModel, ModelAttempt, ModelJob, Place
 from fakes.row_audit import audit_rows
 from fakes.world import TTL, FakeClock, World
 from service.artifacts import Artifacts
