@@ -79,10 +79,12 @@ def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool)
     Raises:
         NotFoundError: It is being removed.
     """
-    may_change = CheckpointRow.is_whole if is_pinned else CheckpointRow.status == "available"
     changed = transaction.execute(
         update(CheckpointRow)
-        .where(CheckpointRow.id == checkpoint.id, may_change)
+        .where(
+            CheckpointRow.id == checkpoint.id,
+            CheckpointRow.is_whole if is_pinned else CheckpointRow.status == "available",
+        )
         .values(is_pinned=is_pinned)
         .returning(CheckpointRow.id)
     ).one_or_none()
