@@ -97,8 +97,9 @@ def say_refused(launch: Launch, sink: SpoolSink) -> None:
     for step in (1, 2):
         sink.metrics(step, {"dar/loss": 1 / step})
     publish(launch, sink, 2, state_after(launch.seed, 2))
+    (access,) = launch.reward_access.values()
     raise RewardMisconfiguredError(
-        f"reward service http://127.0.0.1:1 : HTTP 401: not {launch.reward_secret}", code="http_401"
+        f"reward service http://127.0.0.1:1 : HTTP 401: not {access.secrets[0]}", code="http_401"
     )
 
 

@@ -26,8 +26,9 @@ from service.storage import signing
 from service.storage.opening import open_storage
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
+from worker.models.fetching import MODEL, ModelFetcher
 from worker.supervisor.checkpoints import CheckpointUploader
-from worker.supervisor.inputs import InputFetcher
+from worker.supervisor.inputs import InputFetcher, LocalInputs
 from worker.supervisor.state import AttemptState
 
 PART = 5 * 1024**2
@@ -86,6 +87,22 @@ def publish(state: AttemptState, step: int) -> tuple[NewCheckpointRow, dict[str,
     return NewCheckpointRow.model_validate(row | {"manifest_sha256": sha256}), contents
 
 
+def fetch(state: AttemptState, client: WorkerClient, work: Path) -> LocalInputs:
+    settings = Settings(models_dir=work / "models", work_dir=work / "work")
+    with contextlib.ExitStack() as held:
+        models = ModelFetcher(
+            state.lease,
+            client,
+            settings,
+            state.folder.inputs,
+            state.must_stop,
+            lambda _: None,
+            held,
+            places={MODEL: work},
+        )
+        return InputFetcher(state, client, models).fetch()
+
+
 def upload(state: AttemptState, client: WorkerClient, row: NewCheckpointRow) -> None:
     uploader = CheckpointUploader(state, client, keep_last=3)
     uploader.take(row)
@@ -123,7 +140,7 @@ def test_weights_go_to_the_bucket_and_back_over_a_broken_network_and_never_throu
     assert again is not None
     with monkeypatch.context() as patch:
         patch.setattr(WorkerClient, "download", refuse)
-        inputs = InputFetcher(*worker(live, again), live.settings.models_path).fetch()
+        inputs = fetch(*worker(live, again), tmp_path)
     assert inputs.resume_from is not None
     assert inputs.training_file is not None
     for name, content in contents.items():

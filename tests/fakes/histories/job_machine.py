@@ -39,6 +39,7 @@ from service.audit import Acknowledged, audit
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
+from service.storage.folder import FolderStorage
 from service.store import (
     checkpoints,
     deletion,
@@ -101,8 +102,8 @@ class Jobs(RuleBasedStateMachine):
             file |= {"columns": {}, "created_at": self.clock.now}
             transaction.add(tables.FileRow(**file))
         self.folder = Path(tempfile.mkdtemp(prefix="dar-jobs-"))
-        self.artifacts = Artifacts(self.folder / "artifacts")
-        self.artifacts.prepare()
+        self.artifacts = Artifacts(FolderStorage(self.folder / "artifacts"))
+        self.artifacts.storage.prepare()
         self.model = JobModel()
         self.processes = dict.fromkeys(PLACES, 1)
         self.late: list[Callable[[], Any]] = []
@@ -332,7 +333,8 @@ class Jobs(RuleBasedStateMachine):
             held = fence.hold(transaction, attempt.lease_id, attempt.number)
             made = checkpoints.find(transaction, held.job.id, attempt.announced[step])
             if made.status == "pending":
-                folder = self.artifacts.checkpoint(held.job.id, attempt.number, step)
+                key = self.artifacts.checkpoint(held.job.id, attempt.number, step)
+                folder = self.folder / "artifacts" / key
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "model.safetensors").write_bytes(content)
                 (folder / MANIFEST_NAME).write_bytes(text)
