@@ -163,8 +163,8 @@ class Settings(BaseSettings):
         default=None,
         validation_alias=AliasChoices("DAR_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     )
-    """URL of the S3 store, like ``https://s3.example.com``; without ``DAR_S3_ENDPOINT`` it is that
-    in ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``, and without all of them AWS."""
+    """URL of the S3 store, like ``https://s3.example.com``; default:
+    ``AWS_ENDPOINT_URL_S3``, else ``AWS_ENDPOINT_URL``, else AWS itself."""
 
     s3_public_endpoint: WebURL | None = None
     """URL of the S3 store for workers and users, who get signed URLs of it; default:
@@ -190,7 +190,7 @@ class Settings(BaseSettings):
 
     transfers: Literal["direct", "stream"] = "direct"
     """How workers send and fetch files of a bucket: direct by signed URLs of the store, stream
-    through the service. Needed where workers cannot reach the store."""
+    through the service. Use stream if workers cannot reach the store."""
 
     hub_models: Names = ("*/*",)
     """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""

@@ -236,8 +236,8 @@ def reference() -> str:
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
         "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`. The SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),
-        "Hints": "When a job and `dar train` warn while they train, and what a probe of a reward service warns of "
-        "(`dar.protocol.hints`). [The guide](guide.md#when-a-job-learns-nothing) says what to do.\n\n" + hints(),
+        "Hints": "These thresholds decide when a job or `dar train` warns during training, and when the probe of a reward "
+        "service warns (`dar.protocol.hints`). [The guide](guide.md#when-a-job-learns-nothing) says what to do.\n\n" + hints(),
         "Commands": commands(),
     }  # fmt: skip
     text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())

@@ -136,7 +136,7 @@ def list_parts(
 def commit(
     lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: AttemptBody
 ) -> CheckpointUpload:
-    """Verify every byte, then make the checkpoint available to its job and to users.
+    """Check that all files have arrived and were verified, then make the checkpoint available.
 
     The store has verified those that it received directly.
     """

@@ -110,7 +110,7 @@ def test_every_variable_is_a_setting_and_every_secret_a_file(
                 f"DAR_{key}_FILE" for key in ("WORKER_KEY", "HF_TOKEN", "BROKER_URL")
             }
     example = (DOCKER / ".env.example").read_text()
-    given = set(re.findall(r"^([A-Z0-9_]+)=", example, re.MULTILINE))
+    given = set(re.findall(r"^(?:# )?([A-Z0-9_]+)=", example, re.MULTILINE))
     used = set(
         re.findall(r"\$\{([A-Z0-9_]+)", "".join((DOCKER / name).read_text() for name in COMPOSE))
     )

@@ -93,7 +93,7 @@ class Brackets:
         return [v * (ids[-1] == EOS_ID) for v, ids in zip(values, completion_ids, strict=True)]
 
     def model(self, seed: int) -> LlamaForCausalLM:
-        """A Llama of 46 thousand parameters over the task's symbols, with random weights."""
+        """A Llama of 47 thousand parameters over the task's symbols, with random weights."""
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
