@@ -11,13 +11,19 @@ STRIKES = 3
 """How often each instant is armed."""
 OF_TRAINERS = "checkpoint."
 """Instants that a scripted trainer does not pass: `chaos.training` arms them."""
+OF_BUCKETS = {"worker.parts_stored"}
 
 
-def strike_instants(dialect: Dialect, *, strikes: int = STRIKES) -> Result:
+def strike_instants(
+    dialect: Dialect, *, strikes: int = STRIKES, has_bucket: bool = False
+) -> Result:
     """Arm one instant after the other while jobs run."""
-    instants = [name for name in INSTANTS if not name.startswith(OF_TRAINERS)]
+    left_out = set() if has_bucket else OF_BUCKETS
+    instants = [name for name in INSTANTS if not (name.startswith(OF_TRAINERS) or name in left_out)]
     never: list[str] = []
-    with stack(dialect=dialect, slots=("a", "b"), has_faults=True) as installation:
+    with stack(
+        dialect=dialect, slots=("a", "b"), has_faults=True, has_bucket=has_bucket
+    ) as installation:
         number = 0
         for instant in instants * strikes:
             for _ in range(2):
@@ -53,13 +59,21 @@ def _has_struck(installation: Stack, instant: str) -> bool:
 
 
 def rows() -> list[Row]:
-    """One row for each database."""
-    return [
+    """One row for each database, and one with a bucket."""
+    title = "workers and services killed at the worst instants of their work"
+    promise = "every job ends once, with the weights of an undisturbed run; none is poisoned"
+    made = [
         Row(
-            f"instants-{dialect}",
-            f"workers and services killed at the worst instants of their work, {dialect}",
-            "every job ends once, with the weights of an undisturbed run; none is poisoned",
-            partial(strike_instants, dialect),
+            f"instants-{dialect}", f"{title}, {dialect}", promise, partial(strike_instants, dialect)
         )
         for dialect in DIALECTS
     ]
+    made.append(
+        Row(
+            "instants-s3",
+            f"{title}, sqlite, files in a bucket",
+            promise,
+            partial(strike_instants, "sqlite", has_bucket=True),
+        )
+    )
+    return made

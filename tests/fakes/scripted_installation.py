@@ -19,6 +19,7 @@ from fakes.row_audit import audit_rows
 from fakes.scripted_states import state_after, weights
 from service.artifacts import Artifacts
 from service.audit import audit
+from service.storage.opening import open_storage
 from service.store.database import Database
 
 HERE = Path(__file__).parents[1] / "worker"
@@ -88,8 +89,7 @@ class ScriptedInstallation:
             home=self.home,
             base_url=self.url,
             broker_url=self.broker_url,
-            database_url=self.database_url,
-            **(FAST | changes),
+            **({"database_url": self.database_url} | FAST | changes),
         )
         return said if self.tree is None else said | {"PYTHONPATH": str(self.tree)}
 
@@ -235,7 +235,7 @@ class ScriptedInstallation:
         """What the auditor finds."""
         database = Database(self.settings().sqlalchemy_url)
         try:
-            report = audit(database, Artifacts(self.settings().artifacts_path))
+            report = audit(database, Artifacts(open_storage(self.settings())))
         finally:
             database.close()
         return [f"{one.rule}: {one.job_id}: {one.message}" for one in report.findings]
