@@ -15,13 +15,12 @@ from dar.errors import ConfigurationError, ServiceUnavailableError
 from dar.settings import Settings
 from service.backup import databases
 from service.storage.opening import open_storage
-from service.storage.storage import Storage
+from service.storage.storage import MARKER, UNFINISHED, Storage
+from service.storage_owner import MOVING
 
 ROUNDS = 5
 """How often the database is read at most, for files that were stored during the move."""
 REPORT_SECONDS = 5.0
-UNFINISHED = "files/tmp/"
-"""Prefix of what an interrupted move has left in a folder."""
 
 
 @dataclass(slots=True)
@@ -60,7 +59,6 @@ def move(settings: Settings, target: Storage, *, is_quick: bool) -> Moved:
     source = open_storage(settings)
     _check_apart(source, target)
     source.check_mounted()
-    target.prepare()
     return _Move(settings, source, target, is_quick=is_quick).run()
 
 
@@ -99,23 +97,38 @@ class _Move:
         for number in range(ROUNDS):
             contents = databases.contents(self._settings)
             if number == 0:
-                self._check_owner(contents.artifacts)
+                if mark := self._source.mark():  # none before the first start after a restore
+                    self._source.owner = contents.storage_id or mark
+                    self._source.check_mounted()
+                self._take_target(contents)
             before = self._moved.copied
             self._moved.damaged = self._bring(contents.artifacts)
             self._moved.set_aside = contents.set_aside
             if self._moved.copied == before:
                 break
+        if contents.storage_id is not None:
+            self._target.write_mark(contents.storage_id, contents.storage_id + MOVING)
         kept = self._done.keys() & contents.artifacts.keys()
         self._moved.files = len(kept)
         self._moved.bytes = sum(self._done[key] for key in kept)
         return self._moved
 
-    def _check_owner(self, files: Mapping[str, tuple[int, str]]) -> None:
+    def _take_target(self, contents: databases.Contents) -> None:
+        """Prepare the target, once it is known to be no other installation's."""
+        files, mark, own = contents.artifacts, self._target.mark(), contents.storage_id
+        if mark and (own is None or mark not in {own, own + MOVING}):
+            raise ConfigurationError(
+                f"{self._target.where} belongs to another installation, as its {MARKER} says "
+                f"{mark!r}; name an empty place"
+            )
         if self._held and not self._held.keys() & files.keys():
             raise ConfigurationError(
                 f"{self._target.where} has {len(self._held):,} files, none of them of this "
                 f"installation, like {min(self._held)}; name an empty place"
             )
+        self._target.prepare()
+        if not mark and own is not None:
+            self._target.write_mark(own + MOVING)
 
     def _bring(self, files: Mapping[str, tuple[int, str]]) -> Mapping[str, str]:
         """Copy what is not in the target; returns what is wrong in the source, by file."""

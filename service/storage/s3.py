@@ -25,11 +25,12 @@ import structlog
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from dar.errors import ConfigurationError, ConflictError, DARError
+from dar.errors import ConflictError, DARError
 from dar.protocol.checkpoints import MANIFEST_NAME, ManifestFile
 from service.storage.signing import Bucket, SignedTransfers
 from service.storage.storage import (
     CHUNK_BYTES,
+    MARKER,
     PartWriter,
     Space,
     Storage,
@@ -37,9 +38,11 @@ from service.storage.storage import (
     Upload,
     altered,
     incomplete,
+    not_mounted,
     offset_mismatch,
     own_manifest,
     storage_unavailable,
+    unusable,
 )
 
 if TYPE_CHECKING:
@@ -47,8 +50,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MARKER = ".dar-storage"
-"""An object that the bucket of an installation has, and an empty one has not."""
 PART_BYTES = 8 * 1024**2
 """Size of the parts in which this process writes an object, and largest one written at once."""
 PARTS_AT_ONCE = 4
@@ -121,40 +122,38 @@ class S3Storage(Storage):
                 )
                 self.direct = None
         except DARError as error:
-            raise ConfigurationError(
-                f"DAR_STORAGE_URL: {error.message}; the service must be able to read, write, list "
-                "and delete in the bucket. Correct the URL, DAR_S3_ENDPOINT or the keys"
-            ) from error
+            raise unusable(error) from error
 
     def check_write(self) -> None:
-        """Write the marker, unless it is there.
+        """Write an object that is no file.
 
         Raises:
             ServiceUnavailableError: The bucket cannot be written.
         """
-        with self._asking(), contextlib.suppress(AlreadyExistsError):
-            obstore.put(self._store, MARKER, b"", mode="create")
+        with self._asking():
+            obstore.put(self._store, f"{MARKER}-probe", b"")
         self._writable_until = time.monotonic() + CHECK_SECONDS
 
     def check(self) -> str:
         if time.monotonic() < self._writable_until:
             return "ok"
-        probe = f"{MARKER}-probe"
         try:
-            with self._asking():
-                obstore.put(self._store, probe, b"")
+            self.check_write()
         except DARError as error:
             return f"not writable: {error.message}"
-        self._writable_until = time.monotonic() + CHECK_SECONDS
         return "ok"
 
+    def write_mark(self, owner: str, replacing: str = "") -> None:
+        try:
+            with self._asking():
+                obstore.put(self._store, MARKER, owner.encode(), mode="create")
+        except AlreadyExistsError:
+            if self.mark() == replacing:
+                self.put(MARKER, [owner.encode()])
+
     def check_mounted(self) -> None:
-        if self.size(MARKER) is None:
-            raise storage_unavailable(
-                f"{self.where} has no object {MARKER!r}, so it is not the place that this service "
-                "has written to; its operator must correct DAR_STORAGE_URL or restore the bucket",
-                30.0,
-            )
+        if self.owner is not None and self.mark() != self.owner:
+            raise not_mounted(self, 30.0)
 
     def space(self) -> Space | None:
         return None

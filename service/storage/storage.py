@@ -13,16 +13,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from dar.errors import ConflictError, ServiceUnavailableError
+from dar.errors import ConfigurationError, ConflictError, DARError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
+MARKER = ".dar-storage"
+"""Object with the id of the installation whose files a storage has. `entries` leaves it out."""
 FULL_RETRY_SECONDS = 10.0
 """When a client should try again after the store had no room."""
 AWAY_RETRY_SECONDS = 5.0
 """When a client should try again after the store did not answer."""
 LEFTOVER = timedelta(days=1)
 """Age from which a file is abandoned. Another process may still be writing a newer one."""
+
+
+UNFINISHED = "files/tmp/"
+"""Prefix of what is being written in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,8 @@ class Storage(ABC):
     """How workers transfer bytes themselves; None: all pass through the service."""
     signed_downloads: DirectTransfers | None = None
     """How users fetch bytes themselves; None: all pass through the service."""
+    owner: str | None = None
+    """The mark that it must have; None: it was not claimed (`service.storage_owner`)."""
 
     def close(self) -> None:  # noqa: B027 - a folder has no connections
         """End its connections."""
@@ -141,9 +149,20 @@ class Storage(ABC):
     def check(self) -> str:
         """``ok``, or the reason why nothing can be written."""
 
+    def mark(self) -> str | None:
+        """Which installation's it is; None: it has no mark; empty: an earlier version wrote it."""
+        try:
+            return b"".join(self.read(MARKER)).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+
+    @abstractmethod
+    def write_mark(self, owner: str, replacing: str = "") -> None:
+        """Say whose it is, unless it has another mark than ``replacing`` by then."""
+
     @abstractmethod
     def check_mounted(self) -> None:
-        """Check that the storage is the one that was prepared, so that a missing file is damage.
+        """Check that a storage is the one that was claimed, so that a missing file is damage.
 
         Raises:
             ServiceUnavailableError: It is not, as on a volume that is not mounted.
@@ -286,6 +305,24 @@ def storage_unavailable(
         f"the artifact store cannot be used: {why}",
         code="storage_unavailable",
         retry_after_seconds=retry_after_seconds,
+    )
+
+
+def not_mounted(storage: Storage, retry_after_seconds: float) -> ServiceUnavailableError:
+    """The error about a storage that has lost the mark of its installation."""
+    return storage_unavailable(
+        f"{storage.where} has not this installation's {MARKER}, so it is not the place that the "
+        "service has written to; its operator must mount the volume again, correct "
+        "DAR_STORAGE_URL, or restore the bucket",
+        retry_after_seconds,
+    )
+
+
+def unusable(error: DARError) -> ConfigurationError:
+    """The error about a bucket that cannot be used at the start."""
+    return ConfigurationError(
+        f"DAR_STORAGE_URL: {error.message}; the service must be able to read, write, list and "
+        "delete in the bucket. Correct the URL, DAR_S3_ENDPOINT or the keys"
     )
 
 

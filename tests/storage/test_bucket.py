@@ -62,17 +62,6 @@ def test_every_call_to_a_store_that_is_away_is_to_be_tried_again(
         assert time.monotonic() - started < 15
 
 
-def test_a_bucket_without_its_mark_is_another_one(
-    seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(monkeypatch, seaweed)
-    storage = opened(seaweed.url())
-    with pytest.raises(ServiceUnavailableError, match="is not the place"):
-        storage.check_mounted()
-    storage.prepare()
-    storage.check_mounted()
-
-
 # --- transfers that pass by the service ---
 
 
