@@ -293,6 +293,10 @@ class S3Storage(Storage):
         manifest = self._manifest(upload, staged.get(MANIFEST_NAME, {}))
         found = hashlib.sha256(manifest).hexdigest()
         if found != upload.manifest_sha256:
+            # Else it would count as received, and nobody could send it again.
+            parts = staged.get(MANIFEST_NAME, {})
+            self._remove([_part_key(upload, MANIFEST_NAME, start) for start in parts])
+            self._remove([f"{upload.final}/{MANIFEST_NAME}"])
             raise altered(MANIFEST_NAME, found, upload.manifest_sha256)
         self.put(f"{upload.final}/{MANIFEST_NAME}", [manifest])
         self.remove_all(f"{upload.staging}/")

@@ -136,5 +136,9 @@ def test_an_altered_upload_is_refused_and_sent_again(storage: Storage) -> None:
     assert storage.size(f"{upload.final}/weights") is None
     send(storage, upload, "weights", b"01234")
     send(storage, upload, "weights", b"0123456789")  # a part at the start begins anew
+    send(storage, upload, MANIFEST_NAME, b"{} ")
+    with pytest.raises(ConflictError, match="MANIFEST"):
+        storage.verify(upload)
+    assert storage.received(upload)[MANIFEST_NAME] == 0, "or nobody could send it again"
     storage.verify(upload)
     assert bytes_of(storage, f"{upload.final}/weights") == b"0123456789"
