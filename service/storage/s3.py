@@ -14,6 +14,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -81,6 +82,9 @@ class S3Storage(Storage):
         self.transfers = self.signed_downloads = SignedTransfers(bucket)
         self.direct = self.transfers if is_direct else None
         self._writable_until = 0.0
+        self._verifying: set[str] = set()
+        """Keys of the checkpoints whose files a request is comparing now."""
+        self._verifying_lock = threading.Lock()
         self._store = S3Store(
             bucket.name,
             prefix=bucket.prefix or None,
@@ -212,6 +216,7 @@ class S3Storage(Storage):
             with self._asking():
                 obstore.put(self._store, key, bytes(begin), use_multipart=False)
             return
+        others = self.transfers.uploads(key)
         # `obstore.put` of an iterator would run it where it can ask the store for nothing itself.
         writer = obstore.open_writer(
             self._store, key, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
@@ -223,7 +228,7 @@ class S3Storage(Storage):
         except BaseException:
             # Not closed, it makes no object, but its parts would stay.
             with contextlib.suppress(DARError):
-                self.transfers.abort_all(key)
+                self.transfers.abort_all(key, others)
             raise
         with self._asking():
             writer.close()
@@ -286,6 +291,16 @@ class S3Storage(Storage):
         self.put(key, iter(lambda: file.read(CHUNK_BYTES), b""))
 
     def verify(self, upload: Upload) -> int:
+        with self._verifying_lock:
+            if upload.final in self._verifying:  # reading and writing all of it takes long
+                raise storage_unavailable("another request is comparing this checkpoint's files")
+            self._verifying.add(upload.final)
+        try:
+            return self._verify(upload)
+        finally:
+            self._verifying.discard(upload.final)
+
+    def _verify(self, upload: Upload) -> int:
         stored, staged = self._stored(upload), self._staged(upload)
         for file in upload.manifest.files:
             if stored.get(file.name) != file.bytes:
@@ -324,13 +339,20 @@ class S3Storage(Storage):
 
         try:
             self.put(f"{upload.final}/{file.name}", verified())
-        except ConflictError:
-            self._remove([_part_key(upload, file.name, start) for start in staged])
+        except ConflictError as error:
+            if error.error_code == "checksum_mismatch":
+                self._remove([_part_key(upload, file.name, start) for start in staged])
             raise
 
     def _staged_content(self, upload: Upload, name: str, staged: dict[int, int]) -> Iterator[bytes]:
         for start in _chain(staged):
-            yield from self.read(_part_key(upload, name, start))
+            try:
+                yield from self.read(_part_key(upload, name, start))
+            except FileNotFoundError:
+                raise ConflictError(
+                    f"another replica has taken the parts of {name!r}; ask for what was received",
+                    code="upload_busy",
+                ) from None
 
     def _stored(self, upload: Upload) -> dict[str, int]:
         place = f"{upload.final}/"

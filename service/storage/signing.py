@@ -7,7 +7,7 @@ part to its digest. The store refuses a part whose content has another SHA-256 t
 import base64
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -256,9 +256,15 @@ class SignedTransfers(DirectTransfers):
         for key, _, begun_at in self._uploads(prefix):
             yield key, begun_at
 
-    def abort_all(self, prefix: str) -> None:
-        """End all uploads of several parts below ``prefix``."""
+    def uploads(self, prefix: str) -> set[str]:
+        """Ids of the uploads of several parts below ``prefix``."""
+        return {upload_id for _, upload_id, _ in self._uploads(prefix)}
+
+    def abort_all(self, prefix: str, others: Collection[str] = ()) -> None:
+        """End all uploads of several parts below ``prefix`` but ``others``, by their ids."""
         for key, upload_id, _ in list(self._uploads(prefix)):
+            if upload_id in others:
+                continue
             with self._asking():
                 self._abort(key, upload_id)
 

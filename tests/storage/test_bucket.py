@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
 from storage.conftest import opened, use
+from storage.test_contract import send, upload_of
 
-from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.errors import ConfigurationError, ConflictError, ServiceUnavailableError
 from fakes.scripted_installation import free_port
 from fakes.seaweed import ADMIN, READER, SERVICE, Identity, SeaweedFS
 from service.storage import signing
@@ -60,6 +64,37 @@ def test_every_call_to_a_store_that_is_away_is_to_be_tried_again(
             call()
         assert caught.value.error_code == "storage_unavailable"
         assert time.monotonic() - started < 15
+
+
+def test_one_request_at_a_time_makes_objects_of_the_parts_of_a_checkpoint(
+    seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, seaweed)
+    url = seaweed.url()
+    storage, replica = opened(url), opened(url)
+    upload = upload_of({"a": b"0123456789", "b": b"0123456789"})
+    for name in ("a", "b"):
+        send(storage, upload, name, b"0123456789")
+    read, is_reading, goes_on = storage.read, threading.Event(), threading.Event()
+
+    def slow(key: str) -> Iterator[bytes]:
+        is_reading.set()
+        assert goes_on.wait(30)
+        return read(key)
+
+    monkeypatch.setattr(storage, "read", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(storage.verify, upload)
+        assert is_reading.wait(30)
+        with pytest.raises(ServiceUnavailableError, match="another request") as caught:
+            storage.verify(upload)
+        assert caught.value.error_code == "storage_unavailable", "a worker waits without limit"
+        size = replica.verify(upload)
+        goes_on.set()
+        with pytest.raises(ConflictError, match="another replica"):
+            first.result()
+    assert storage.verify(upload) == size
+    assert len(list(storage.entries(""))) == 3
 
 
 # --- transfers that pass by the service ---
