@@ -315,6 +315,8 @@ class S3Storage(Storage):
             raise altered(MANIFEST_NAME, found, upload.manifest_sha256)
         self.put(f"{upload.final}/{MANIFEST_NAME}", [manifest])
         self.remove_all(f"{upload.staging}/")
+        # Of two requests that began one at once, one has lost.
+        self.transfers.abort_all(f"{upload.final}/")
         return len(manifest)
 
     def _manifest(self, upload: Upload, staged: dict[int, int]) -> bytes:

@@ -199,7 +199,11 @@ class SignedTransfers(DirectTransfers):
     def _missing_of_several(self, key: str, size: int, digests: Sequence[str]) -> list[PartRequest]:
         sizes = [PART_BYTES] * (len(digests) - 1)
         sizes.append(size - sum(sizes))
-        upload_id = self._upload_of(key) or self._begin(key)
+        upload_id = self._upload_of(key)
+        if upload_id is None:
+            if self._size(key) == size:  # another request has completed it since
+                return []
+            upload_id = self._begin(key)
         parts = self._parts(key, upload_id)
         if any(n > len(sizes) or sizes[n - 1] != part["Size"] for n, part in parts.items()):
             self._abort(key, upload_id)

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 from storage.conftest import opened, use
-from storage.test_contract import send, upload_of
+from storage.test_contract import PLACE, send, upload_of
 
 from dar.errors import ConfigurationError, ConflictError, ServiceUnavailableError
 from fakes.scripted_installation import free_port
 from fakes.seaweed import ADMIN, READER, SERVICE, Identity, SeaweedFS
 from service.storage import signing
+from service.storage.s3 import S3Storage
 from service.storage.storage import DirectTransfers, PartRequest
 
 PART = 5 * 1024**2
@@ -143,6 +144,21 @@ def test_a_worker_sends_a_file_to_the_store_itself(direct: DirectTransfers, size
     assert missing(direct, content) == [], "an answer may be lost"
     answer = httpx2.get(direct.download_url("checkpoints/a", "ä.bin"), trust_env=False)
     assert answer.content == content
+
+
+def test_an_upload_that_lost_a_race_leaves_no_parts(
+    seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, seaweed)
+    storage = opened(seaweed.url())
+    assert isinstance(storage, S3Storage)
+    upload = upload_of({"a": b"0123456789"})
+    lost = f"{upload.final}/a"
+    storage.transfers._begin(lost)
+    storage.transfers._begin(f"{PLACE}/step-10/a")  # of another checkpoint
+    send(storage, upload, "a", b"0123456789")
+    storage.verify(upload)
+    assert [key for key, _ in storage.transfers.unfinished("")] == [f"{PLACE}/step-10/a"]
 
 
 @pytest.mark.parametrize("size", [1000, 2 * PART + 1000], ids=["small", "several parts"])
