@@ -130,10 +130,14 @@ class FolderStorage(Storage):
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with self.scratch(key.replace("/", "-")) as temporary:
+            # The target is on another volume, where a rename needs a copy first.
+            temporary = target.with_name(f".tmp-{target.name}")
+            try:
                 shutil.copyfile(path, temporary)
                 sync(temporary)
                 temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         for folder in (target.parent, *(folder.parent for folder in new)):
             sync(folder)
 
