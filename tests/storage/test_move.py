@@ -133,21 +133,31 @@ def test_a_file_that_is_altered_on_either_side_is_seen(
 def test_a_place_that_cannot_be_the_target_is_named(
     installed: Installed,
     seaweed: SeaweedFS,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     use(monkeypatch, seaweed)
     foreign = seaweed.url()
     opened(foreign).put("files/file-of-others", [b"1"])
+    folder = tmp_path / "foreign"
+    (folder / "files/tmp").mkdir(parents=True)
+    for name in ("files/file-of-others", "files/tmp/upload-of-others"):
+        (folder / name).write_bytes(b"1")
+        os.utime(folder / name, (0, 0))
     for target, said in {
         installed.url: "already",
         f"{installed.url}/inside": "inside each other",
         foreign: "none of them of this installation",
+        str(folder): "none of them of this installation",
         "s3://none/x": "AccessDenied",
         "s3:bucket": "s3://bucket/prefix",
     }.items():
         assert main(["move-storage", target]) == 1
         assert said in capsys.readouterr().err
+    assert (folder / "files/tmp/upload-of-others").exists(), "others' files are left alone"
+    assert not (folder / "checkpoints").exists()
+    assert opened(foreign).mark() is None
     use(monkeypatch, seaweed, endpoint=f"http://127.0.0.1:{free_port()}")
     assert main(["move-storage", seaweed.url()]) == 1
     assert "does not answer" in capsys.readouterr().err
