@@ -5,6 +5,7 @@ database, and then it is read there again. So a move that was interrupted is rep
 where it was. The source keeps its files.
 """
 
+import errno
 import hashlib
 import sys
 import time
@@ -21,6 +22,8 @@ from service.storage_owner import MOVING
 ROUNDS = 5
 """How often the database is read at most, for files that were stored during the move."""
 REPORT_SECONDS = 5.0
+OF_ONE_FILE = frozenset({errno.EIO, errno.EACCES, errno.EISDIR})
+"""Errors that say something about one file, not about its storage."""
 
 
 @dataclass(slots=True)
@@ -76,6 +79,14 @@ def _check_apart(source: Storage, target: Storage) -> None:
 def _place(storage: Storage) -> str:
     folder = storage.path("")
     return f"{storage.where if folder is None else folder.resolve()}/"
+
+
+class _MissingError(Exception):
+    """The source has not such a file."""
+
+
+class _UnreadableError(Exception):
+    """The disk of the source cannot read a file."""
 
 
 class _Move:
@@ -140,11 +151,14 @@ class _Move:
             if not self._is_there(key, size, sha256):
                 try:
                     self._copy(key, size, sha256)
-                except FileNotFoundError:
+                except _MissingError:
                     damaged[key] = "missing"
                     continue
                 except _AlteredError:
                     damaged[key] = "altered"
+                    continue
+                except _UnreadableError as error:
+                    damaged[key] = f"unreadable ({error})"
                     continue
                 self._moved.copied += 1
             self._done[key] = size
@@ -153,11 +167,18 @@ class _Move:
     def _is_there(self, key: str, size: int, sha256: str) -> bool:
         if self._held.get(key) != size:
             return False
-        return self._is_quick or _digest(self._target.read(key)) == sha256
+        try:
+            return self._is_quick or _digest(self._target.read(key)) == sha256
+        except OSError as error:
+            raise _failed(self._target, f"give {key}", error) from error
 
     def _copy(self, key: str, size: int, sha256: str) -> None:
-        self._target.put(key, _verified(self._source.read(key), size, sha256))
-        if _digest(self._target.read(key)) != sha256:
+        try:
+            self._target.put(key, _verified(self._read(key), size, sha256))
+            is_same = _digest(self._target.read(key)) == sha256
+        except OSError as error:
+            raise _failed(self._target, f"take {key}", error) from error
+        if not is_same:
             self._target.remove(key)
             raise ServiceUnavailableError(
                 f"{self._target.where} gives other bytes of {key} than it was sent; find the cause, "
@@ -165,11 +186,30 @@ class _Move:
                 code="storage_unavailable",
             )
 
+    def _read(self, key: str) -> Iterator[bytes]:
+        """A file of the source."""
+        try:
+            yield from self._source.read(key)
+        except FileNotFoundError as error:
+            raise _MissingError from error
+        except OSError as error:
+            if error.errno in OF_ONE_FILE:
+                raise _UnreadableError(error.strerror) from error
+            raise _failed(self._source, f"give {key}", error) from error
+
     def _report(self, count: int) -> None:
         if time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = time.monotonic()
             done = sum(self._done.values())
             sys.stderr.write(f"dar: {len(self._done):,} of {count:,} files, {done:,} bytes\n")
+
+
+def _failed(storage: Storage, what: str, error: OSError) -> ServiceUnavailableError:
+    return ServiceUnavailableError(
+        f"{storage.where} cannot {what}: {error.strerror or error}; mend that, then run the command "
+        "again, which goes on where it was",
+        code="storage_unavailable",
+    )
 
 
 def _verified(content: Iterable[bytes], size: int, sha256: str) -> Iterator[bytes]:

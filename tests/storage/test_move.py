@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -127,6 +128,28 @@ def test_a_file_that_is_altered_on_either_side_is_seen(
     assert "files/file-2 is altered" in said
     assert "files/file-3 is missing" in said
     assert opened(target).size("files/file-2") is None
+
+
+@pytest.mark.parametrize("kind", ["folder"], indirect=True)
+def test_an_error_of_a_disk_is_a_sentence(
+    installed: Installed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(installed.url) / "files/file-1"
+    source.unlink()
+    source.mkdir()  # cannot be read, also not by root
+    target = str(tmp_path / "target")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(LONG) // 2, before[1]))
+    try:
+        assert main(["move-storage", target]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert f"dar: {target} cannot take checkpoints/" in said.err
+    assert "File too large; mend that, then run the command again" in said.err
+    assert main(["move-storage", target]) == 1
+    assert "files/file-1 is unreadable (Is a directory)" in capsys.readouterr().err
+    assert len(list(opened(target).entries("checkpoints/"))) == 2, "the others were copied"
 
 
 @pytest.mark.parametrize("kind", ["folder"], indirect=True)
