@@ -81,6 +81,7 @@ class S3Storage(Storage):
         self.where = bucket.url
         self.transfers = self.signed_downloads = SignedTransfers(bucket)
         self.direct = self.transfers if is_direct else None
+        self.scratch_folder = Path(tempfile.gettempdir())
         self._writable_until = 0.0
         self._verifying: set[str] = set()
         """Keys of the checkpoints whose files a request is comparing now."""

@@ -131,6 +131,8 @@ class Storage(ABC):
     """How workers transfer bytes themselves; None: all pass through the service."""
     signed_downloads: DirectTransfers | None = None
     """How users fetch bytes themselves; None: all pass through the service."""
+    scratch_folder: Path | None = None
+    """Folder of this machine for what passes through the service; None: the storage itself."""
     owner: str | None = None
     """The mark that it must have; None: it was not claimed (`service.storage_owner`)."""
 
@@ -292,6 +294,16 @@ def storage_full(why: str) -> ServiceUnavailableError:
     return ServiceUnavailableError(
         f"the artifact store is full: {why}. The upload goes on once the service's operator has "
         "made room",
+        code="storage_full",
+        retry_after_seconds=FULL_RETRY_SECONDS,
+    )
+
+
+def scratch_full(folder: Path, why: str) -> ServiceUnavailableError:
+    """The error about a machine without room for what passes through it."""
+    return ServiceUnavailableError(
+        f"the service has no room for temporary files in {folder}: {why}. The upload goes on once "
+        "its operator has made room there, or named another folder in TMPDIR",
         code="storage_full",
         retry_after_seconds=FULL_RETRY_SECONDS,
     )
