@@ -162,7 +162,7 @@ class InputFile(Output):
     ``reward_models/<component>/<file>`` or ``resume/<file>``."""
     bytes: int
     sha256: str
-    url: str | None = None
+    url: Annotated[str | None, Field(repr=False)] = None
     """Where the store answers with the content, for a limited time; null: the service sends it."""
 
 
@@ -477,7 +477,7 @@ class DirectPart(Output):
     name: str
     offset: int
     bytes: int
-    url: str
+    url: Annotated[str, Field(repr=False)]
     """Valid for a limited time. It is a secret."""
     headers: dict[str, str]
     """Must be sent as they are."""

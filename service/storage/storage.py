@@ -8,7 +8,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -88,7 +88,7 @@ class PartRequest:
 
     offset: int
     bytes: int
-    url: str
+    url: str = field(repr=False)
     headers: Mapping[str, str]
     """Must be sent as they are, because the URL signs them. They hold the part's digest."""
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import httpx2
 import pytest
@@ -13,6 +14,7 @@ from storage.conftest import opened, use
 from storage.test_contract import PLACE, send, upload_of
 
 from dar.errors import ConfigurationError, ConflictError, ServiceUnavailableError
+from dar.protocol.worker import DirectPart, InputFile
 from fakes.scripted_installation import free_port
 from fakes.seaweed import ADMIN, READER, SERVICE, Identity, SeaweedFS
 from service.storage import signing
@@ -135,6 +137,10 @@ def test_a_worker_sends_a_file_to_the_store_itself(direct: DirectTransfers, size
     content = os.urandom(size)
     requests = missing(direct, content)
     assert len(requests) == max(1, -(-size // direct.part_bytes))
+    url = requests[0].url
+    file = InputFile(name="training_file", bytes=size, sha256="0" * 64, url=url)
+    shown = (requests[0], DirectPart(name="a", **asdict(requests[0])), file)
+    assert url not in repr(shown), "it opens the object for whoever reads a log"
     assert put(requests[0], content) == 200
     left = missing(direct, content)
     assert [one.offset for one in left] == [one.offset for one in requests[1:]], "parts are kept"
