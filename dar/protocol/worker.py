@@ -32,6 +32,10 @@ FIRST_RESULT_ID = 1000
 
 NAME_TAKEN = "worker_name_taken"
 """Code of the error for a worker whose node and slot another worker has."""
+FULL_CODES = frozenset(
+    {"InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "XMinioStorageFull"}
+)
+"""What S3 stores answer if they are full."""
 MOST_DEVICES = 256
 
 

@@ -21,7 +21,9 @@ from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from dar.errors import ConfigurationError, DARError, InvalidRequestError
+from dar.protocol.worker import FULL_CODES
 from service.storage.storage import (
+    MOST_REQUESTS,
     DirectTransfers,
     PartRequest,
     storage_full,
@@ -35,14 +37,9 @@ PART_BYTES = 32 * 1024**2
 MOST_PARTS = 10_000
 URL_SECONDS = 3600
 """How long a URL is valid. One that has expired is asked for again."""
-REQUESTS_AT_ONCE = 64
-"""Most requests for parts of a file in one response."""
 GONE = frozenset({"NoSuchUpload", "404", "NoSuchKey", "NotFound"})
 REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY})
 PROBE = ".dar-storage-digest"
-FULL_CODES = frozenset(
-    {"InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "XMinioStorageFull"}
-)
 DIGEST_HEADER = "x-amz-checksum-sha256"
 
 
@@ -221,7 +218,7 @@ class SignedTransfers(DirectTransfers):
                 UploadId=upload_id,
                 PartNumber=n,
             )
-            for n in missing[:REQUESTS_AT_ONCE]
+            for n in missing[:MOST_REQUESTS]
         ]
 
     def refuses_false_digests(self) -> bool:

@@ -17,6 +17,8 @@ from dar.errors import ConfigurationError, ConflictError, DARError, ServiceUnava
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
+MOST_REQUESTS = 64
+"""Most requests for parts in one response: signing each takes half a millisecond."""
 MARKER = ".dar-storage"
 """Object with the id of the installation whose files a storage has. `entries` leaves it out."""
 FULL_RETRY_SECONDS = 10.0
