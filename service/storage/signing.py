@@ -53,8 +53,8 @@ class Bucket:
         region: Its region.
         endpoint: URL of the store; None: AWS.
         public_endpoint: URL of the store for workers and users; None: the same.
-        access_key_id: Key; None: that which botocore finds in the environment, in files or on the
-            machine.
+        access_key_id: Key; without it or its secret, the pair that botocore finds in the
+            environment, in files or on the machine.
         secret_access_key: Its secret.
     """
 
