@@ -33,10 +33,12 @@ def claim(storage: Storage, database: Database) -> None:
         ConfigurationError: It belongs to another installation, or to none although the database
             names files; or it cannot be used.
     """
-    with database.read() as transaction:
-        known = id_of(transaction)
     try:
-        is_marked = _is_marked(storage, database, known)
+        mark = storage.mark()
+        # Read later: a replica that starts now stores the id before it writes the mark.
+        with database.read() as transaction:
+            known = id_of(transaction)
+        is_marked = _is_marked(storage, mark, database, known)
     except ServiceUnavailableError as error:
         raise unusable(error) from error
     except OSError:
@@ -70,13 +72,14 @@ def _kept(transaction: Transaction) -> str:
     return value
 
 
-def _is_marked(storage: Storage, database: Database, storage_id: str | None) -> bool:
-    """Whether a storage has the id already.
+def _is_marked(
+    storage: Storage, mark: str | None, database: Database, storage_id: str | None
+) -> bool:
+    """Whether the mark of a storage is the id already.
 
     Raises:
         ConfigurationError: It is not this installation's.
     """
-    mark = storage.mark()
     if mark:
         if mark != storage_id:
             raise _foreign(storage, storage_id, mark)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_restart_on_another_place_is_refused_and_touches_nothing(
     assert opened(url).mark() is None
     started.start(url)
     assert opened(url).mark() == storage_id, "its own files show whose it is"
+
+
+def test_replicas_that_start_at_once_agree(started: Started, kind: str, place: Place) -> None:
+    url = place(kind)
+    with ThreadPoolExecutor(4) as pool:
+        storages = [opened(url) for _ in range(4)]
+        list(pool.map(lambda one: storage_owner.claim(one, started.database), storages))
+    assert {one.owner for one in storages} == {storages[0].mark()}
 
 
 def test_a_place_that_is_swapped_under_a_service_is_seen(
