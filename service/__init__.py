@@ -5,6 +5,7 @@ openapi: the OpenAPI document.
 runtime: what the routes and threads of a process share.
 installation: settings, database and keys.
 artifacts: files of uploads and checkpoints, by their keys.
+storage_owner: makes sure that a service starts only on its own installation's files.
 storage: where these files are kept: a folder, or a bucket.
 secret_box: encrypts the secrets of reward endpoints.
 keys: makes and configures API keys, worker keys and secrets.

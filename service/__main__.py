@@ -112,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
     except OSError as error:
+        if chosen.command in BY_HAND:
+            sys.stderr.write(f"dar: {error}; mend that, then run the command again\n")
+            return 1
         structlog.get_logger().error("cannot start", code="os_error", message=str(error))
     return 1
 

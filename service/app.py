@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from dar.version import __version__
-from service import keys, migrate
+from service import keys, migrate, storage_owner
 from service.api import (
     api_keys,
     attempts,
@@ -174,7 +174,7 @@ def prepare(settings: Settings) -> Runtime:
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
     artifacts = Artifacts(open_storage(settings), settings.min_free_bytes)
-    artifacts.storage.prepare()
+    storage_owner.claim(artifacts.storage, database)
     broker = settings.broker_url
 
     def count_jobs() -> Mapping[str, int]:

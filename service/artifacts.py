@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dar.protocol.checkpoints import Manifest, ManifestFile
-from service.storage.storage import Storage, Upload, is_old, storage_full
+from service.storage.storage import Storage, Upload, is_old, scratch_full, storage_full
 
 FREE_FACTOR = 2
 """Leaves room for concurrent uploads, each of which checks only its own size."""
@@ -70,6 +71,16 @@ class Artifacts:
                 ``size``, is free (``storage_full``).
         """
         self._need(max(FREE_FACTOR * size, size + self.min_free_bytes), size, what)
+
+    def reserve_scratch(self, size: int, what: str) -> None:
+        """Check that this machine has room for ``size`` bytes on their way to a bucket.
+
+        Raises:
+            ServiceUnavailableError: It has not (``storage_full``).
+        """
+        folder = self.storage.scratch_folder
+        if folder is not None and (free := shutil.disk_usage(folder).free) < size:
+            raise scratch_full(folder, f"{what} has {size:,} bytes, but {free:,} are free")
 
     def reserve_part(self, size: int, what: str) -> None:
         """Check that the volume has room for one part of something that was reserved.

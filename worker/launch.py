@@ -81,7 +81,7 @@ class Launch(BaseModel):
     """Checkpoint from which training continues."""
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
-    """URL and secrets of registered reward endpoints, by component."""
+    """URL and secrets of each component's reward service."""
     reward_guard: EgressPolicy = EgressPolicy()
     """Which addresses reward requests may reach; default: public ones over HTTPS."""
     reward_cache: CachePlace | None = None

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from dar.client.transport import LOOPBACK
 from dar.errors import CheckpointError, ConflictError, ServiceUnavailableError
-from dar.protocol.worker import DirectPart
+from dar.protocol.worker import FULL_CODES, DirectPart
 from dar.settings import unusable_surroundings
 from worker.api import GaveUpError
 
@@ -35,9 +35,6 @@ CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """How long the store may neither take nor send a byte."""
 GONE = frozenset({404, 410, 416})
-FULL_CODES = frozenset(
-    {"InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "XMinioStorageFull"}
-)
 FALSE_DIGEST = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "InvalidDigest"})
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 

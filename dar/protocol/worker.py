@@ -32,6 +32,10 @@ FIRST_RESULT_ID = 1000
 
 NAME_TAKEN = "worker_name_taken"
 """Code of the error for a worker whose node and slot another worker has."""
+FULL_CODES = frozenset(
+    {"InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "XMinioStorageFull"}
+)
+"""What S3 stores answer if they are full."""
 MOST_DEVICES = 256
 
 
@@ -162,7 +166,7 @@ class InputFile(Output):
     ``reward_models/<component>/<file>`` or ``resume/<file>``."""
     bytes: int
     sha256: str
-    url: str | None = None
+    url: Annotated[str | None, Field(repr=False)] = None
     """Where the store answers with the content, for a limited time; null: the service sends it."""
 
 
@@ -477,7 +481,7 @@ class DirectPart(Output):
     name: str
     offset: int
     bytes: int
-    url: str
+    url: Annotated[str, Field(repr=False)]
     """Valid for a limited time. It is a secret."""
     headers: dict[str, str]
     """Must be sent as they are."""

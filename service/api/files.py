@@ -207,6 +207,7 @@ async def _while_connected(
 def _store(runtime: Runtime, user: User, upload: UploadFile, has_left: Callable[[], bool]) -> File:
     file_id = new_id("file-")
     runtime.artifacts.reserve(upload.size or 0, "the file")
+    runtime.artifacts.reserve_scratch(upload.size or 0, "the file")
     with runtime.artifacts.new_file(file_id) as temporary:
         found = datasets.store(upload.file, temporary, has_left)
         runtime.artifacts.keep_file(file_id, temporary)

@@ -295,6 +295,7 @@ class Reconciler(PeriodicThread):
             reward_requests.forget(transaction)
             submission_claims.forget(transaction)
             workers.forget(transaction)
+        self._artifacts.storage.check_mounted()  # another place's files are not abandoned
         old = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, old)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, create_engine, func, inspect, select, text
+from sqlalchemy import Connection, create_engine, delete, func, inspect, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool
 
@@ -20,7 +20,7 @@ from dar.rewards.http.redaction import Redactor
 from dar.settings import Settings, environment
 from service import migrate
 from service.store.database import Database
-from service.store.tables import CheckpointRow, FileRow, JobRow
+from service.store.tables import CheckpointRow, FileRow, JobRow, StorageIdRow
 
 FILES = {"sqlite": "dar.db", "postgresql": "database.dump"}
 """Kind of database -> name of its copy in a backup."""
@@ -38,6 +38,8 @@ class Contents:
     """Those of checkpoints that are known to be damaged."""
     jobs: int
     unfinished_jobs: Sequence[str]
+    storage_id: str | None
+    """Mark of the installation's storage (`service.storage_owner`)."""
 
 
 def kind_of(settings: Settings) -> str:
@@ -99,6 +101,14 @@ def restore_postgresql(settings: Settings, copied: Path) -> None:
         ConfigurationError: The tools of PostgreSQL are missing, or have failed.
     """
     _run_tool(settings, "pg_restore", "--single-transaction", "--exit-on-error", str(copied))
+
+
+def forget_storage(url: str) -> None:
+    """Let a restored installation get a storage of its own: the one backed up may go on."""
+    engine = create_engine(url, poolclass=NullPool)
+    if StorageIdRow.__tablename__ in inspect(engine).get_table_names():  # not in earlier backups
+        with engine.begin() as connection:
+            connection.execute(delete(StorageIdRow))
 
 
 def check_empty(settings: Settings, kind: str) -> None:
@@ -205,7 +215,8 @@ def _contents(connection: Connection) -> Contents:
     jobs = connection.execute(select(func.count()).select_from(JobRow)).scalar_one()
     unfinished = select(JobRow.id).where(JobRow.status.not_in(list(TERMINAL))).order_by(JobRow.id)
     ids = list(connection.execute(unfinished).scalars())
-    return Contents(artifacts, frozenset(set_aside), jobs, ids)
+    storage_id = connection.execute(select(StorageIdRow.value)).scalar_one_or_none()
+    return Contents(artifacts, frozenset(set_aside), jobs, ids, storage_id)
 
 
 def _tool(settings: Settings, name: str) -> str:

@@ -5,6 +5,7 @@ database, and then it is read there again. So a move that was interrupted is rep
 where it was. The source keeps its files.
 """
 
+import errno
 import hashlib
 import sys
 import time
@@ -15,13 +16,14 @@ from dar.errors import ConfigurationError, ServiceUnavailableError
 from dar.settings import Settings
 from service.backup import databases
 from service.storage.opening import open_storage
-from service.storage.storage import Storage
+from service.storage.storage import MARKER, UNFINISHED, Storage
+from service.storage_owner import MOVING
 
 ROUNDS = 5
 """How often the database is read at most, for files that were stored during the move."""
 REPORT_SECONDS = 5.0
-UNFINISHED = "files/tmp/"
-"""Prefix of what an interrupted move has left in a folder."""
+OF_ONE_FILE = frozenset({errno.EIO, errno.EACCES, errno.EISDIR})
+"""Errors that say something about one file, not about its storage."""
 
 
 @dataclass(slots=True)
@@ -60,7 +62,6 @@ def move(settings: Settings, target: Storage, *, is_quick: bool) -> Moved:
     source = open_storage(settings)
     _check_apart(source, target)
     source.check_mounted()
-    target.prepare()
     return _Move(settings, source, target, is_quick=is_quick).run()
 
 
@@ -78,6 +79,14 @@ def _check_apart(source: Storage, target: Storage) -> None:
 def _place(storage: Storage) -> str:
     folder = storage.path("")
     return f"{storage.where if folder is None else folder.resolve()}/"
+
+
+class _MissingError(Exception):
+    """The source has not such a file."""
+
+
+class _UnreadableError(Exception):
+    """The disk of the source cannot read a file."""
 
 
 class _Move:
@@ -99,23 +108,38 @@ class _Move:
         for number in range(ROUNDS):
             contents = databases.contents(self._settings)
             if number == 0:
-                self._check_owner(contents.artifacts)
+                if mark := self._source.mark():  # none before the first start after a restore
+                    self._source.owner = contents.storage_id or mark
+                    self._source.check_mounted()
+                self._take_target(contents)
             before = self._moved.copied
             self._moved.damaged = self._bring(contents.artifacts)
             self._moved.set_aside = contents.set_aside
             if self._moved.copied == before:
                 break
+        if contents.storage_id is not None:
+            self._target.write_mark(contents.storage_id, contents.storage_id + MOVING)
         kept = self._done.keys() & contents.artifacts.keys()
         self._moved.files = len(kept)
         self._moved.bytes = sum(self._done[key] for key in kept)
         return self._moved
 
-    def _check_owner(self, files: Mapping[str, tuple[int, str]]) -> None:
+    def _take_target(self, contents: databases.Contents) -> None:
+        """Prepare the target, once it is known to be no other installation's."""
+        files, mark, own = contents.artifacts, self._target.mark(), contents.storage_id
+        if mark and (own is None or mark not in {own, own + MOVING}):
+            raise ConfigurationError(
+                f"{self._target.where} belongs to another installation, as its {MARKER} says "
+                f"{mark!r}; name an empty place"
+            )
         if self._held and not self._held.keys() & files.keys():
             raise ConfigurationError(
                 f"{self._target.where} has {len(self._held):,} files, none of them of this "
                 f"installation, like {min(self._held)}; name an empty place"
             )
+        self._target.prepare()
+        if not mark and own is not None:
+            self._target.write_mark(own + MOVING)
 
     def _bring(self, files: Mapping[str, tuple[int, str]]) -> Mapping[str, str]:
         """Copy what is not in the target; returns what is wrong in the source, by file."""
@@ -127,11 +151,14 @@ class _Move:
             if not self._is_there(key, size, sha256):
                 try:
                     self._copy(key, size, sha256)
-                except FileNotFoundError:
+                except _MissingError:
                     damaged[key] = "missing"
                     continue
                 except _AlteredError:
                     damaged[key] = "altered"
+                    continue
+                except _UnreadableError as error:
+                    damaged[key] = f"unreadable ({error})"
                     continue
                 self._moved.copied += 1
             self._done[key] = size
@@ -140,11 +167,18 @@ class _Move:
     def _is_there(self, key: str, size: int, sha256: str) -> bool:
         if self._held.get(key) != size:
             return False
-        return self._is_quick or _digest(self._target.read(key)) == sha256
+        try:
+            return self._is_quick or _digest(self._target.read(key)) == sha256
+        except OSError as error:
+            raise _failed(self._target, f"give {key}", error) from error
 
     def _copy(self, key: str, size: int, sha256: str) -> None:
-        self._target.put(key, _verified(self._source.read(key), size, sha256))
-        if _digest(self._target.read(key)) != sha256:
+        try:
+            self._target.put(key, _verified(self._read(key), size, sha256))
+            is_same = _digest(self._target.read(key)) == sha256
+        except OSError as error:
+            raise _failed(self._target, f"take {key}", error) from error
+        if not is_same:
             self._target.remove(key)
             raise ServiceUnavailableError(
                 f"{self._target.where} gives other bytes of {key} than it was sent; find the cause, "
@@ -152,11 +186,30 @@ class _Move:
                 code="storage_unavailable",
             )
 
+    def _read(self, key: str) -> Iterator[bytes]:
+        """A file of the source."""
+        try:
+            yield from self._source.read(key)
+        except FileNotFoundError as error:
+            raise _MissingError from error
+        except OSError as error:
+            if error.errno in OF_ONE_FILE:
+                raise _UnreadableError(error.strerror) from error
+            raise _failed(self._source, f"give {key}", error) from error
+
     def _report(self, count: int) -> None:
         if time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = time.monotonic()
             done = sum(self._done.values())
             sys.stderr.write(f"dar: {len(self._done):,} of {count:,} files, {done:,} bytes\n")
+
+
+def _failed(storage: Storage, what: str, error: OSError) -> ServiceUnavailableError:
+    return ServiceUnavailableError(
+        f"{storage.where} cannot {what}: {error.strerror or error}; mend that, then run the command "
+        "again, which goes on where it was",
+        code="storage_unavailable",
+    )
 
 
 def _verified(content: Iterable[bytes], size: int, sha256: str) -> Iterator[bytes]:

@@ -74,7 +74,9 @@ def restore(settings: Settings, folder: Path) -> BackupManifest:
         copied = new_home / databases.FILES[manifest.database]
         if manifest.database == "postgresql":
             databases.restore_postgresql(settings, copied)
+            databases.forget_storage(settings.sqlalchemy_url)
         else:
+            databases.forget_storage(f"sqlite:///{copied}")
             place = databases.sqlite_path(settings)
             make_folder(
                 place.parent, "give a file in a folder that you may write to with DAR_DATABASE_URL"

@@ -38,7 +38,7 @@ from dar.errors import (
     UnsupportedMediaTypeError,
 )
 from dar.protocol.rows import kind_of_value
-from service.storage.storage import storage_full
+from service.storage.storage import scratch_full, storage_full
 from service.store.database import is_outage
 
 log = structlog.get_logger()
@@ -299,7 +299,10 @@ def _is_under_v1(request: Request) -> bool:
 async def _on_os_error(request: Request, error: Exception) -> Response:
     """A full disk passes; anything else is a fault of the service, and handled as such."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return await _on_dar_error(request, storage_full(f"{error.strerror}"))
+        folder = request.app.state.runtime.artifacts.storage.scratch_folder
+        why = f"{error.strerror}"
+        made = storage_full(why) if folder is None else scratch_full(folder, why)
+        return await _on_dar_error(request, made)
     raise error
 
 

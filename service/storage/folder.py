@@ -16,6 +16,7 @@ from dar.errors import ConflictError
 from dar.protocol.checkpoints import MANIFEST_NAME
 from service.storage.storage import (
     CHUNK_BYTES,
+    MARKER,
     PartWriter,
     Space,
     Storage,
@@ -24,6 +25,7 @@ from service.storage.storage import (
     altered,
     incomplete,
     is_old,
+    not_mounted,
     offset_mismatch,
     own_manifest,
     storage_unavailable,
@@ -67,11 +69,23 @@ class FolderStorage(Storage):
         return "ok"
 
     def check_mounted(self) -> None:
+        if self.owner is not None and self.mark() != self.owner:
+            raise not_mounted(self, LONGER_RETRY_SECONDS)
         if not (self.root / "checkpoints").is_dir():
             raise storage_unavailable(
                 "it has no folder 'checkpoints'; its operator must mount the volume again",
                 LONGER_RETRY_SECONDS,
             )
+
+    def write_mark(self, owner: str, replacing: str = "") -> None:
+        try:
+            with (self.root / MARKER).open("x", encoding="utf-8") as file:
+                file.write(owner + "\n")
+        except FileExistsError:
+            if self.mark() == replacing:
+                self.put(MARKER, [owner.encode() + b"\n"])
+        sync(self.root / MARKER)
+        sync(self.root)
 
     # --- objects ---
 
@@ -89,6 +103,8 @@ class FolderStorage(Storage):
                 if path.is_file() and not path.is_symlink():
                     state = path.stat()
                     key = path.relative_to(self.root).as_posix()
+                    if key == MARKER:
+                        continue
                     yield StoredObject(key, state.st_size, _modified_at(state))
 
     def read(self, key: str, first: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -114,10 +130,14 @@ class FolderStorage(Storage):
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with self.scratch(key.replace("/", "-")) as temporary:
+            # The target is on another volume, where a rename needs a copy first.
+            temporary = target.with_name(f".tmp-{target.name}")
+            try:
                 shutil.copyfile(path, temporary)
                 sync(temporary)
                 temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         for folder in (target.parent, *(folder.parent for folder in new)):
             sync(folder)
 

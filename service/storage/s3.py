@@ -14,6 +14,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -25,11 +26,12 @@ import structlog
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from dar.errors import ConfigurationError, ConflictError, DARError
+from dar.errors import ConflictError, DARError
 from dar.protocol.checkpoints import MANIFEST_NAME, ManifestFile
 from service.storage.signing import Bucket, SignedTransfers
 from service.storage.storage import (
     CHUNK_BYTES,
+    MARKER,
     PartWriter,
     Space,
     Storage,
@@ -37,9 +39,11 @@ from service.storage.storage import (
     Upload,
     altered,
     incomplete,
+    not_mounted,
     offset_mismatch,
     own_manifest,
     storage_unavailable,
+    unusable,
 )
 
 if TYPE_CHECKING:
@@ -47,8 +51,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MARKER = ".dar-storage"
-"""An object that the bucket of an installation has, and an empty one has not."""
 PART_BYTES = 8 * 1024**2
 """Size of the parts in which this process writes an object, and largest one written at once."""
 PARTS_AT_ONCE = 4
@@ -79,7 +81,11 @@ class S3Storage(Storage):
         self.where = bucket.url
         self.transfers = self.signed_downloads = SignedTransfers(bucket)
         self.direct = self.transfers if is_direct else None
+        self.scratch_folder = Path(tempfile.gettempdir())
         self._writable_until = 0.0
+        self._verifying: set[str] = set()
+        """Keys of the checkpoints whose files a request is comparing now."""
+        self._verifying_lock = threading.Lock()
         self._store = S3Store(
             bucket.name,
             prefix=bucket.prefix or None,
@@ -121,40 +127,38 @@ class S3Storage(Storage):
                 )
                 self.direct = None
         except DARError as error:
-            raise ConfigurationError(
-                f"DAR_STORAGE_URL: {error.message}; the service must be able to read, write, list "
-                "and delete in the bucket. Correct the URL, DAR_S3_ENDPOINT or the keys"
-            ) from error
+            raise unusable(error) from error
 
     def check_write(self) -> None:
-        """Write the marker, unless it is there.
+        """Write an object that is no file.
 
         Raises:
             ServiceUnavailableError: The bucket cannot be written.
         """
-        with self._asking(), contextlib.suppress(AlreadyExistsError):
-            obstore.put(self._store, MARKER, b"", mode="create")
+        with self._asking():
+            obstore.put(self._store, f"{MARKER}-probe", b"")
         self._writable_until = time.monotonic() + CHECK_SECONDS
 
     def check(self) -> str:
         if time.monotonic() < self._writable_until:
             return "ok"
-        probe = f"{MARKER}-probe"
         try:
-            with self._asking():
-                obstore.put(self._store, probe, b"")
+            self.check_write()
         except DARError as error:
             return f"not writable: {error.message}"
-        self._writable_until = time.monotonic() + CHECK_SECONDS
         return "ok"
 
+    def write_mark(self, owner: str, replacing: str = "") -> None:
+        try:
+            with self._asking():
+                obstore.put(self._store, MARKER, owner.encode(), mode="create")
+        except AlreadyExistsError:
+            if self.mark() == replacing:
+                self.put(MARKER, [owner.encode()])
+
     def check_mounted(self) -> None:
-        if self.size(MARKER) is None:
-            raise storage_unavailable(
-                f"{self.where} has no object {MARKER!r}, so it is not the place that this service "
-                "has written to; its operator must correct DAR_STORAGE_URL or restore the bucket",
-                30.0,
-            )
+        if self.owner is not None and self.mark() != self.owner:
+            raise not_mounted(self, 30.0)
 
     def space(self) -> Space | None:
         return None
@@ -213,6 +217,7 @@ class S3Storage(Storage):
             with self._asking():
                 obstore.put(self._store, key, bytes(begin), use_multipart=False)
             return
+        others = self.transfers.uploads(key)
         # `obstore.put` of an iterator would run it where it can ask the store for nothing itself.
         writer = obstore.open_writer(
             self._store, key, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
@@ -224,7 +229,7 @@ class S3Storage(Storage):
         except BaseException:
             # Not closed, it makes no object, but its parts would stay.
             with contextlib.suppress(DARError):
-                self.transfers.abort_all(key)
+                self.transfers.abort_all(key, others)
             raise
         with self._asking():
             writer.close()
@@ -287,6 +292,16 @@ class S3Storage(Storage):
         self.put(key, iter(lambda: file.read(CHUNK_BYTES), b""))
 
     def verify(self, upload: Upload) -> int:
+        with self._verifying_lock:
+            if upload.final in self._verifying:  # reading and writing all of it takes long
+                raise storage_unavailable("another request is comparing this checkpoint's files")
+            self._verifying.add(upload.final)
+        try:
+            return self._verify(upload)
+        finally:
+            self._verifying.discard(upload.final)
+
+    def _verify(self, upload: Upload) -> int:
         stored, staged = self._stored(upload), self._staged(upload)
         for file in upload.manifest.files:
             if stored.get(file.name) != file.bytes:
@@ -294,9 +309,15 @@ class S3Storage(Storage):
         manifest = self._manifest(upload, staged.get(MANIFEST_NAME, {}))
         found = hashlib.sha256(manifest).hexdigest()
         if found != upload.manifest_sha256:
+            # Else it would count as received, and nobody could send it again.
+            parts = staged.get(MANIFEST_NAME, {})
+            self._remove([_part_key(upload, MANIFEST_NAME, start) for start in parts])
+            self._remove([f"{upload.final}/{MANIFEST_NAME}"])
             raise altered(MANIFEST_NAME, found, upload.manifest_sha256)
         self.put(f"{upload.final}/{MANIFEST_NAME}", [manifest])
         self.remove_all(f"{upload.staging}/")
+        # Of two requests that began one at once, one has lost.
+        self.transfers.abort_all(f"{upload.final}/")
         return len(manifest)
 
     def _manifest(self, upload: Upload, staged: dict[int, int]) -> bytes:
@@ -321,13 +342,20 @@ class S3Storage(Storage):
 
         try:
             self.put(f"{upload.final}/{file.name}", verified())
-        except ConflictError:
-            self._remove([_part_key(upload, file.name, start) for start in staged])
+        except ConflictError as error:
+            if error.error_code == "checksum_mismatch":
+                self._remove([_part_key(upload, file.name, start) for start in staged])
             raise
 
     def _staged_content(self, upload: Upload, name: str, staged: dict[int, int]) -> Iterator[bytes]:
         for start in _chain(staged):
-            yield from self.read(_part_key(upload, name, start))
+            try:
+                yield from self.read(_part_key(upload, name, start))
+            except FileNotFoundError:
+                raise ConflictError(
+                    f"another replica has taken the parts of {name!r}; ask for what was received",
+                    code="upload_busy",
+                ) from None
 
     def _stored(self, upload: Upload) -> dict[str, int]:
         place = f"{upload.final}/"

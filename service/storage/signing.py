@@ -7,7 +7,7 @@ part to its digest. The store refuses a part whose content has another SHA-256 t
 import base64
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -21,7 +21,9 @@ from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from dar.errors import ConfigurationError, DARError, InvalidRequestError
+from dar.protocol.worker import FULL_CODES
 from service.storage.storage import (
+    MOST_REQUESTS,
     DirectTransfers,
     PartRequest,
     storage_full,
@@ -35,14 +37,9 @@ PART_BYTES = 32 * 1024**2
 MOST_PARTS = 10_000
 URL_SECONDS = 3600
 """How long a URL is valid. One that has expired is asked for again."""
-REQUESTS_AT_ONCE = 64
-"""Most requests for parts of a file in one response."""
 GONE = frozenset({"NoSuchUpload", "404", "NoSuchKey", "NotFound"})
 REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY})
 PROBE = ".dar-storage-digest"
-FULL_CODES = frozenset(
-    {"InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "XMinioStorageFull"}
-)
 DIGEST_HEADER = "x-amz-checksum-sha256"
 
 
@@ -56,8 +53,8 @@ class Bucket:
         region: Its region.
         endpoint: URL of the store; None: AWS.
         public_endpoint: URL of the store for workers and users; None: the same.
-        access_key_id: Key; None: that which botocore finds in the environment, in files or on the
-            machine.
+        access_key_id: Key; without it or its secret, the pair that botocore finds in the
+            environment, in files or on the machine.
         secret_access_key: Its secret.
     """
 
@@ -199,7 +196,11 @@ class SignedTransfers(DirectTransfers):
     def _missing_of_several(self, key: str, size: int, digests: Sequence[str]) -> list[PartRequest]:
         sizes = [PART_BYTES] * (len(digests) - 1)
         sizes.append(size - sum(sizes))
-        upload_id = self._upload_of(key) or self._begin(key)
+        upload_id = self._upload_of(key)
+        if upload_id is None:
+            if self._size(key) == size:  # another request has completed it since
+                return []
+            upload_id = self._begin(key)
         parts = self._parts(key, upload_id)
         if any(n > len(sizes) or sizes[n - 1] != part["Size"] for n, part in parts.items()):
             self._abort(key, upload_id)
@@ -217,7 +218,7 @@ class SignedTransfers(DirectTransfers):
                 UploadId=upload_id,
                 PartNumber=n,
             )
-            for n in missing[:REQUESTS_AT_ONCE]
+            for n in missing[:MOST_REQUESTS]
         ]
 
     def refuses_false_digests(self) -> bool:
@@ -256,9 +257,15 @@ class SignedTransfers(DirectTransfers):
         for key, _, begun_at in self._uploads(prefix):
             yield key, begun_at
 
-    def abort_all(self, prefix: str) -> None:
-        """End all uploads of several parts below ``prefix``."""
+    def uploads(self, prefix: str) -> set[str]:
+        """Ids of the uploads of several parts below ``prefix``."""
+        return {upload_id for _, upload_id, _ in self._uploads(prefix)}
+
+    def abort_all(self, prefix: str, others: Collection[str] = ()) -> None:
+        """End all uploads of several parts below ``prefix`` but ``others``, by their ids."""
         for key, upload_id, _ in list(self._uploads(prefix)):
+            if upload_id in others:
+                continue
             with self._asking():
                 self._abort(key, upload_id)
 

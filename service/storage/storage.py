@@ -8,21 +8,29 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from dar.errors import ConflictError, ServiceUnavailableError
+from dar.errors import ConfigurationError, ConflictError, DARError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
+MOST_REQUESTS = 64
+"""Most requests for parts in one response: signing each takes half a millisecond."""
+MARKER = ".dar-storage"
+"""Object with the id of the installation whose files a storage has. `entries` leaves it out."""
 FULL_RETRY_SECONDS = 10.0
 """When a client should try again after the store had no room."""
 AWAY_RETRY_SECONDS = 5.0
 """When a client should try again after the store did not answer."""
 LEFTOVER = timedelta(days=1)
 """Age from which a file is abandoned. Another process may still be writing a newer one."""
+
+
+UNFINISHED = "files/tmp/"
+"""Prefix of what is being written in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ class PartRequest:
 
     offset: int
     bytes: int
-    url: str
+    url: str = field(repr=False)
     headers: Mapping[str, str]
     """Must be sent as they are, because the URL signs them. They hold the part's digest."""
 
@@ -125,6 +133,10 @@ class Storage(ABC):
     """How workers transfer bytes themselves; None: all pass through the service."""
     signed_downloads: DirectTransfers | None = None
     """How users fetch bytes themselves; None: all pass through the service."""
+    scratch_folder: Path | None = None
+    """Folder of this machine for what passes through the service; None: the storage itself."""
+    owner: str | None = None
+    """The mark that it must have; None: it was not claimed (`service.storage_owner`)."""
 
     def close(self) -> None:  # noqa: B027 - a folder has no connections
         """End its connections."""
@@ -141,9 +153,20 @@ class Storage(ABC):
     def check(self) -> str:
         """``ok``, or the reason why nothing can be written."""
 
+    def mark(self) -> str | None:
+        """Which installation's it is; None: it has no mark; empty: an earlier version wrote it."""
+        try:
+            return b"".join(self.read(MARKER)).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+
+    @abstractmethod
+    def write_mark(self, owner: str, replacing: str = "") -> None:
+        """Say whose it is, unless it has another mark than ``replacing`` by then."""
+
     @abstractmethod
     def check_mounted(self) -> None:
-        """Check that the storage is the one that was prepared, so that a missing file is damage.
+        """Check that a storage is the one that was claimed, so that a missing file is damage.
 
         Raises:
             ServiceUnavailableError: It is not, as on a volume that is not mounted.
@@ -278,6 +301,16 @@ def storage_full(why: str) -> ServiceUnavailableError:
     )
 
 
+def scratch_full(folder: Path, why: str) -> ServiceUnavailableError:
+    """The error about a machine without room for what passes through it."""
+    return ServiceUnavailableError(
+        f"the service has no room for temporary files in {folder}: {why}. The upload goes on once "
+        "its operator has made room there, or named another folder in TMPDIR",
+        code="storage_full",
+        retry_after_seconds=FULL_RETRY_SECONDS,
+    )
+
+
 def storage_unavailable(
     why: str, retry_after_seconds: float = AWAY_RETRY_SECONDS
 ) -> ServiceUnavailableError:
@@ -286,6 +319,24 @@ def storage_unavailable(
         f"the artifact store cannot be used: {why}",
         code="storage_unavailable",
         retry_after_seconds=retry_after_seconds,
+    )
+
+
+def not_mounted(storage: Storage, retry_after_seconds: float) -> ServiceUnavailableError:
+    """The error about a storage that has lost the mark of its installation."""
+    return storage_unavailable(
+        f"{storage.where} has not this installation's {MARKER}, so it is not the place that the "
+        "service has written to; its operator must mount the volume again, correct "
+        "DAR_STORAGE_URL, or restore the bucket",
+        retry_after_seconds,
+    )
+
+
+def unusable(error: DARError) -> ConfigurationError:
+    """The error about a bucket that cannot be used at the start."""
+    return ConfigurationError(
+        f"DAR_STORAGE_URL: {error.message}; the service must be able to read, write, list and "
+        "delete in the bucket. Correct the URL, DAR_S3_ENDPOINT or the keys"
     )
 
 

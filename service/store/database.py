@@ -48,6 +48,7 @@ class LockKey(IntEnum):
     RETENTION = 0x0DA2_0004
     API_KEYS = 0x0DA2_0005
     REWARD_WATCH = 0x0DA2_0006
+    STORAGE_ID = 0x0DA2_0007
 
 
 class Transaction(Session):

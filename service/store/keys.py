@@ -35,12 +35,6 @@ def look_up(transaction: Transaction, key_id: str) -> ApiKeyRow | None:
     return transaction.get(ApiKeyRow, key_id)
 
 
-def find(transaction: Transaction, key_id: str) -> ApiKeyRow | None:
-    """The key with this id, if it is neither revoked nor expired."""
-    row = look_up(transaction, key_id)
-    return row if row is not None and state_of(row, transaction.now) == "valid" else None
-
-
 def state_of(row: ApiKeyRow, now: datetime) -> Literal["valid", "expired", "revoked"]:
     """Whether a key opens anything."""
     if row.revoked_at is not None:

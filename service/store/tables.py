@@ -453,3 +453,15 @@ class CheckpointRow(Base):
     @classmethod
     def _is_whole(cls) -> ColumnElement[bool]:
         return and_(cls.status == "available", cls.damage.is_(None))
+
+
+class StorageIdRow(Base):
+    """The id that is written into the installation's artifact store (`service.storage_owner`)."""
+
+    __tablename__ = "storage_ids"
+    __table_args__ = (CheckConstraint("number = 1", name="number"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """1: there is one row."""
+    value: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]

@@ -2,16 +2,23 @@
 
 import hashlib
 import os
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import httpx2
 import pytest
 from storage.conftest import opened, use
+from storage.test_contract import PLACE, send, upload_of
 
-from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.errors import ConfigurationError, ConflictError, ServiceUnavailableError
+from dar.protocol.worker import DirectPart, InputFile
 from fakes.scripted_installation import free_port
 from fakes.seaweed import ADMIN, READER, SERVICE, Identity, SeaweedFS
 from service.storage import signing
+from service.storage.s3 import S3Storage
 from service.storage.storage import DirectTransfers, PartRequest
 
 PART = 5 * 1024**2
@@ -62,15 +69,35 @@ def test_every_call_to_a_store_that_is_away_is_to_be_tried_again(
         assert time.monotonic() - started < 15
 
 
-def test_a_bucket_without_its_mark_is_another_one(
+def test_one_request_at_a_time_makes_objects_of_the_parts_of_a_checkpoint(
     seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, seaweed)
-    storage = opened(seaweed.url())
-    with pytest.raises(ServiceUnavailableError, match="is not the place"):
-        storage.check_mounted()
-    storage.prepare()
-    storage.check_mounted()
+    url = seaweed.url()
+    storage, replica = opened(url), opened(url)
+    upload = upload_of({"a": b"0123456789", "b": b"0123456789"})
+    for name in ("a", "b"):
+        send(storage, upload, name, b"0123456789")
+    read, is_reading, goes_on = storage.read, threading.Event(), threading.Event()
+
+    def slow(key: str) -> Iterator[bytes]:
+        is_reading.set()
+        assert goes_on.wait(30)
+        return read(key)
+
+    monkeypatch.setattr(storage, "read", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(storage.verify, upload)
+        assert is_reading.wait(30)
+        with pytest.raises(ServiceUnavailableError, match="another request") as caught:
+            storage.verify(upload)
+        assert caught.value.error_code == "storage_unavailable", "a worker waits without limit"
+        size = replica.verify(upload)
+        goes_on.set()
+        with pytest.raises(ConflictError, match="another replica"):
+            first.result()
+    assert storage.verify(upload) == size
+    assert len(list(storage.entries(""))) == 3
 
 
 # --- transfers that pass by the service ---
@@ -110,6 +137,10 @@ def test_a_worker_sends_a_file_to_the_store_itself(direct: DirectTransfers, size
     content = os.urandom(size)
     requests = missing(direct, content)
     assert len(requests) == max(1, -(-size // direct.part_bytes))
+    url = requests[0].url
+    file = InputFile(name="training_file", bytes=size, sha256="0" * 64, url=url)
+    shown = (requests[0], DirectPart(name="a", **asdict(requests[0])), file)
+    assert url not in repr(shown), "it opens the object for whoever reads a log"
     assert put(requests[0], content) == 200
     left = missing(direct, content)
     assert [one.offset for one in left] == [one.offset for one in requests[1:]], "parts are kept"
@@ -119,6 +150,21 @@ def test_a_worker_sends_a_file_to_the_store_itself(direct: DirectTransfers, size
     assert missing(direct, content) == [], "an answer may be lost"
     answer = httpx2.get(direct.download_url("checkpoints/a", "ä.bin"), trust_env=False)
     assert answer.content == content
+
+
+def test_an_upload_that_lost_a_race_leaves_no_parts(
+    seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, seaweed)
+    storage = opened(seaweed.url())
+    assert isinstance(storage, S3Storage)
+    upload = upload_of({"a": b"0123456789"})
+    lost = f"{upload.final}/a"
+    storage.transfers._begin(lost)
+    storage.transfers._begin(f"{PLACE}/step-10/a")  # of another checkpoint
+    send(storage, upload, "a", b"0123456789")
+    storage.verify(upload)
+    assert [key for key, _ in storage.transfers.unfinished("")] == [f"{PLACE}/step-10/a"]
 
 
 @pytest.mark.parametrize("size", [1000, 2 * PART + 1000], ids=["small", "several parts"])

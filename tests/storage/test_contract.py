@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from dar.errors import ConflictError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
+from service.storage.folder import FolderStorage
 from service.storage.storage import Storage, Upload
 
 LONG = os.urandom(17 * 1024**2 + 3)
@@ -49,6 +51,20 @@ def test_content_that_breaks_off_is_not_stored(storage: Storage) -> None:
                 storage.put(key, broken(size))
     assert keys(storage) == ["files/kept"]
     assert bytes_of(storage, "files/kept") == b"before"
+
+
+def test_a_folder_whose_checkpoints_are_on_another_volume_takes_them(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other volume")
+    with tempfile.TemporaryDirectory(dir=memory) as other:
+        (tmp_path / "checkpoints").symlink_to(other)
+        storage = FolderStorage(tmp_path)
+        storage.prepare()
+        storage.put(f"{PLACE}/step-1/a", [b"content"])
+        assert bytes_of(storage, f"{PLACE}/step-1/a") == b"content"
+        assert keys(storage, "checkpoints/") == [f"{PLACE}/step-1/a"]
+        assert list((tmp_path / "files/tmp").iterdir()) == []
 
 
 def test_objects_are_listed_replaced_and_removed(storage: Storage, tmp_path: Path) -> None:
@@ -136,5 +152,9 @@ def test_an_altered_upload_is_refused_and_sent_again(storage: Storage) -> None:
     assert storage.size(f"{upload.final}/weights") is None
     send(storage, upload, "weights", b"01234")
     send(storage, upload, "weights", b"0123456789")  # a part at the start begins anew
+    send(storage, upload, MANIFEST_NAME, b"{} ")
+    with pytest.raises(ConflictError, match="MANIFEST"):
+        storage.verify(upload)
+    assert storage.received(upload)[MANIFEST_NAME] == 0, "or nobody could send it again"
     storage.verify(upload)
     assert bytes_of(storage, f"{upload.final}/weights") == b"0123456789"

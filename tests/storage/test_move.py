@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -130,24 +131,56 @@ def test_a_file_that_is_altered_on_either_side_is_seen(
 
 
 @pytest.mark.parametrize("kind", ["folder"], indirect=True)
+def test_an_error_of_a_disk_is_a_sentence(
+    installed: Installed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(installed.url) / "files/file-1"
+    source.unlink()
+    source.mkdir()  # cannot be read, also not by root
+    target = str(tmp_path / "target")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(LONG) // 2, before[1]))
+    try:
+        assert main(["move-storage", target]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert f"dar: {target} cannot take checkpoints/" in said.err
+    assert "File too large; mend that, then run the command again" in said.err
+    assert main(["move-storage", target]) == 1
+    assert "files/file-1 is unreadable (Is a directory)" in capsys.readouterr().err
+    assert len(list(opened(target).entries("checkpoints/"))) == 2, "the others were copied"
+
+
+@pytest.mark.parametrize("kind", ["folder"], indirect=True)
 def test_a_place_that_cannot_be_the_target_is_named(
     installed: Installed,
     seaweed: SeaweedFS,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     use(monkeypatch, seaweed)
     foreign = seaweed.url()
     opened(foreign).put("files/file-of-others", [b"1"])
+    folder = tmp_path / "foreign"
+    (folder / "files/tmp").mkdir(parents=True)
+    for name in ("files/file-of-others", "files/tmp/upload-of-others"):
+        (folder / name).write_bytes(b"1")
+        os.utime(folder / name, (0, 0))
     for target, said in {
         installed.url: "already",
         f"{installed.url}/inside": "inside each other",
         foreign: "none of them of this installation",
+        str(folder): "none of them of this installation",
         "s3://none/x": "AccessDenied",
         "s3:bucket": "s3://bucket/prefix",
     }.items():
         assert main(["move-storage", target]) == 1
         assert said in capsys.readouterr().err
+    assert (folder / "files/tmp/upload-of-others").exists(), "others' files are left alone"
+    assert not (folder / "checkpoints").exists()
+    assert opened(foreign).mark() is None
     use(monkeypatch, seaweed, endpoint=f"http://127.0.0.1:{free_port()}")
     assert main(["move-storage", seaweed.url()]) == 1
     assert "does not answer" in capsys.readouterr().err

@@ -24,7 +24,8 @@ def configure(database: Database, home: Path, **given: str) -> list[str]:
 
 def opens(database: Database, key: str) -> bool:
     with database.read() as transaction:
-        return key_store.find(transaction, keys.key_id(key)) is not None
+        row = key_store.look_up(transaction, keys.key_id(key))
+        return row is not None and key_store.state_of(row, transaction.now) == "valid"
 
 
 def test_a_host_that_starts_again_keeps_its_keys(database: Database, tmp_path: Path) -> None:

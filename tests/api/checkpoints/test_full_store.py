@@ -1,6 +1,9 @@
 """A full artifact store: uploads wait, everything else goes on, and the room is shown."""
 
+import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import httpx2
@@ -8,6 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from fakes.live_service import Lease, Live
+from fakes.seaweed import SERVICE, SeaweedFS
 
 FILES = {"model.safetensors": b"weights", "resume/state.json": b"{}"}
 
@@ -55,6 +59,28 @@ def test_a_disk_that_fills_in_the_middle_of_a_part_gets_a_503(
     checked(lease.put(announced, "model.safetensors", b"weights"), error_of)
     (staging / "model.safetensors").unlink()
     assert lease.checkpoint(2) == announced
+
+
+def test_a_full_folder_for_temporary_files_is_named(
+    serve: Callable[..., Live],
+    seaweed: SeaweedFS,
+    error_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = serve(
+        storage_url=seaweed.url(),
+        s3_endpoint=seaweed.endpoint,
+        s3_access_key_id=SERVICE.access_key,
+        s3_secret_access_key=SERVICE.secret_key,
+    )
+    storage = live.runtime.artifacts.storage
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "scratch", lambda _: contextlib.nullcontext(Path("/dev/full")))
+        message = checked(live.upload(), error_of)
+        assert message.startswith(f"the service has no room for temporary files in {gettempdir()}")
+        patch.setattr(storage, "scratch_folder", Path("/proc"))  # has no free byte
+        assert "in /proc: the file has" in checked(live.upload(), error_of)
+    assert live.upload().status_code == 200
 
 
 def test_a_database_that_cannot_grow_gets_a_503(
