@@ -16,7 +16,7 @@ from dar.settings import Settings
 from worker.api import GaveUpError, MissingError, WorkerClient
 from worker.models.cache import ModelCache, ModelRecord
 from worker.models.hub import Hub, hub_token, library_main, library_snapshot
-from worker.models.local import InputFetchError, local_folder, safe_path
+from worker.models.local import InputFetchError, bytes_to_arrive, local_folder, safe_path
 
 log = structlog.get_logger(__name__)
 
@@ -182,7 +182,7 @@ class ModelFetcher:
             if held.is_whole:
                 return folder
         folder.mkdir(parents=True, exist_ok=True)
-        lacks = sum(size for name, size in record.files.items() if not (folder / name).is_file())
+        lacks = bytes_to_arrive(folder, record.files)
         check_room(folder, lacks)
         log.info("downloading a model", model=record.name, bytes=lacks, kept=held is not None)
         self.note(f"downloading {model.what}, {lacks:,} bytes")

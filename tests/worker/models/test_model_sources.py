@@ -17,6 +17,7 @@ from fakes.scripted_installation import ScriptedInstallation
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
+from worker.models import fetching
 from worker.models.cache import ModelCache
 from worker.models.local import InputFetchError
 from worker.supervisor.inputs import LocalInputs
@@ -145,6 +146,29 @@ def test_a_download_that_breaks_off_is_not_replaced_by_another_commit(host: Host
         host.fetch(second)
     host.give_back(second)
     assert host.claim("other").model.revisions == {NAME: "c" * 40}
+
+
+def test_the_rest_of_a_download_needs_room_for_the_rest_alone(
+    host: Host, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    check = fetching.check_room
+
+    def checked(folder: Path, needs: int) -> None:
+        needed.append(needs)
+        check(folder, needs)
+
+    monkeypatch.setattr(fetching, "check_room", checked)
+    hub.cuts = [100_000, 0, 0, 0]
+    host.submit()
+    lease = host.claim()
+    with pytest.raises(HubUnreachableError):
+        host.fetch(lease, model_cache_bytes=1)
+    assert host.fetch(lease, model_cache_bytes=1).model_folder is not None
+    whole = sum(len(FILES[name]) for name in WANTED)
+    arrived = 100_000 + len(FILES["config.json"])
+    model = [needs for needs in needed if needs > 1000]
+    assert model == [whole, whole - arrived]
 
 
 def test_the_files_of_another_host_do_not_get_the_token(host: Host, hub: Hub) -> None:
