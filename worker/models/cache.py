@@ -267,15 +267,19 @@ class ModelCache:
             yield
 
 
-def inventory(settings: Settings) -> ModelInventory:
-    """What this host has, for the service."""
+def inventory(settings: Settings) -> ModelInventory | None:
+    """What this host has, for the service; None: it cannot be listed, which ends no attempt."""
     cache = ModelCache.of(settings)
-    names = dict.fromkeys([*names_in(settings.models_path), *cache.names()])
-    return ModelInventory(
-        names=list(names)[:MOST_MODELS],
-        cache_bytes=cache.bytes(),
-        cache_limit=cache.max_bytes,
-    )
+    try:
+        names = dict.fromkeys([*names_in(settings.models_path), *cache.names()])
+        return ModelInventory(
+            names=list(names)[:MOST_MODELS],
+            cache_bytes=cache.bytes(),
+            cache_limit=cache.max_bytes,
+        )
+    except (OSError, ValidationError) as error:
+        log.warning("models cannot be listed", error=str(error))
+        return None
 
 
 def _read(place: Path) -> ModelRecord | None:
