@@ -264,6 +264,10 @@ LEAST_MEMORY: list[tuple[dict[str, Any], dict[str, Any], int, int]] = [
     ({}, {"config": CONFIG | SIZES | {"vocab_size": "many"}, **NO_WEIGHTS}, 0, 0),
     ({}, {"config": {"model_type": "gpt2"}, **NO_WEIGHTS}, 0, 0),
     ({}, {"model_safetensors": b"damaged"}, 0, 0),
+    ({}, {"model_safetensors": header({"layer.weight": [10**30]})}, 0, 0),
+    ({}, {"model_safetensors": header({"layer.weight": [2**30, 2**30]})}, 0, 0),
+    ({}, {"config": CONFIG | SIZES | {"vocab_size": 10**30}, **NO_WEIGHTS}, 0, 0),
+    ({}, {"config": CONFIG | SIZES | {"head_dim": -(10**9)}, **NO_WEIGHTS}, 0, 0),
 ]
 
 
