@@ -194,7 +194,7 @@ def test_a_slot_leaves_jobs_to_larger_slots_that_it_cannot_run(world: World) -> 
 
 def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: World) -> None:
     job_id = world.submit()
-    held = world.claim(node="a")
+    held = world.claim(node="a", report=world.report("a", disk_free=10**9))
     world.publish(held, 5)
     with world.database.write() as transaction:
         made = transaction.query(tables.CheckpointRow).one()
@@ -204,6 +204,32 @@ def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: W
     said = world.job(job_id).status_message
     assert said == "waiting for a worker with 3,000,000,000 bytes of free disk for its checkpoints"
     assert world.claim(node="c", report=world.report("c", disk_free=4 * 10**9)).job.id == job_id
+
+
+def test_a_job_waits_for_a_worker_that_is_busy_and_not_for_memory(world: World) -> None:
+    world.submit()
+    large = world.report("gpu", devices=["0"], memory_free=100)
+    assert world.claim(node="gpu", report=large) is not None
+    job_id = world.submit(memory_bytes=400, loading_bytes=80)
+
+    def said(**values: Any) -> str | None:
+        assert world.claim(node="cpu", report=world.report("cpu", **values)) is None
+        return world.job(job_id).status_message
+
+    said(memory_free=50)
+    assert not (world.job(job_id).status_message or "").startswith(leases.NO_ROOM)
+    world.clock.advance(100)  # that worker is gone
+    least = f"{leases.NO_ROOM}400 bytes of free memory, the least that its trainer needs there"
+    assert said(memory_free=50) == least
+    small = world.report("gpu-2", devices=["0"], memory_free=70)
+    assert world.claim(node="gpu-2", report=small) is None
+    both = world.job(job_id).status_message
+    assert both == least.replace("400", "80"), "what is the least that helps"
+    assert said(memory_free=50) == both, "workers of two kinds do not overwrite each other"
+    world.claim(
+        node="gpu-3", report=world.report("gpu-3", devices=["0"], memory_free=80), wants_job=False
+    )
+    assert said(memory_free=50) == "waiting for a worker"
 
 
 def test_a_job_that_failed_on_a_node_goes_to_another_first(world: World) -> None:
