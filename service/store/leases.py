@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, and_, case, cast, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.protocol.base import MAX_COUNT
@@ -234,6 +234,7 @@ def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnEle
         other.node != node,
         workers.is_able(other, now),
         ~_is_busy(other),
+        _has_room(other, job),
         ~_has_failed_on(other.node, job),
     )
     return and_(
@@ -255,10 +256,32 @@ def _is_left_to_holders(
         workers.is_able(other, now),
         ~_is_busy(other),
         workers.has_model(other, model),
+        _has_room(other, job),
         ~_has_failed_on(other.node, job),
     )
     is_fresh = job.not_before.between(now - HOLDERS_FIRST, now)  # later: the clock was set back
     return and_(is_fresh, model.not_in(names), idle.exists())
+
+
+def _has_room(worker: type[WorkerRow], job: type[JobRow]) -> ColumnElement[bool]:
+    """Whether a worker has the disk space, memory and devices that a job needs.
+
+    One of an earlier version, which reports nothing, takes any job.
+    """
+
+    def bytes_of(name: str) -> ColumnElement[int]:
+        return cast(worker.report[name].as_string(), BigInteger)  # as_integer has 32 bits
+
+    devices = func.json_array_length(worker.report["devices"])
+    memory = case((devices > 0, job.loading_bytes), else_=job.memory_bytes)
+    free = bytes_of("memory_free")
+    wanted = func.coalesce(job.spec[PROCESSES].as_integer(), 1)
+    has_all = and_(
+        _room_for(job) <= bytes_of("disk_free"),
+        or_(free.is_(None), func.coalesce(memory, 0) <= free),
+        or_(devices == 0, wanted <= devices),
+    )
+    return or_(worker.report.is_(None), has_all)
 
 
 def _is_busy(worker: type[WorkerRow]) -> ColumnElement[bool]:

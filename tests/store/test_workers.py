@@ -361,6 +361,38 @@ def test_a_job_goes_to_an_idle_worker_that_has_its_model_and_soon_to_any(
     assert held.job.id == waiting
 
 
+@pytest.mark.parametrize(
+    ("values", "is_left"),
+    [
+        ({"memory_free": 5 * 10**9}, False),
+        ({"memory_free": 7 * 10**9}, True),
+        ({"memory_free": 5 * 10**9, "devices": ["0", "1"]}, True),
+        ({"devices": ["0"]}, False),
+        ({"disk_free": 10**10}, False),
+        ({"disk_free": 4 * 10**10}, True),
+    ],
+)
+def test_a_job_is_left_to_a_holder_of_its_model_only_if_that_could_run_it(
+    world: World, values: dict[str, Any], is_left: bool
+) -> None:
+    spec = world.limited()
+    spec["method"]["dar"]["resources"] = {"processes": 2}
+    model = source("folder", "tiny")
+    needs = {"memory_bytes": 6 * 10**9, "loading_bytes": 10**9, "spec": spec}
+    world.submit(model_source=model, **needs)
+    held = world.claim(node="a", report=world.report("a"))
+    assert held is not None
+    world.publish(held, 5)
+    with world.database.write() as transaction:
+        transaction.query(tables.CheckpointRow).one().bytes = 10**10
+    end(world, held, Release(attempt=1, reason="drained"))
+    models = {"names": ["tiny"], "cache_bytes": 1, "cache_limit": 2}
+    report = world.report("machine-2", models=models, **values)
+    assert world.claim(node="node-2", report=report, wants_job=False) is None
+    taken = world.claim(node="node-1", report=has(world, "another"))
+    assert (taken is None) == is_left
+
+
 def test_a_heartbeat_renews_the_list_of_models_and_a_worker_that_is_gone_has_none(
     world: World,
 ) -> None:
