@@ -161,10 +161,14 @@ class InputFetcher:
 
     def _fetch_one(self, file: InputFile, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = arriving(target)
+        part, shown = arriving(target), self._state.first_progress
         for _ in range(VERIFY_ATTEMPTS):
             try:
-                self._until_answered(lambda: self._download(file, part), f"download {file.name}")
+                self._until_answered(
+                    lambda: self._shown(lambda: self._download(file, part)),
+                    f"download {file.name}",
+                )
+                self._state.first_progress = shown
             except FencedError:
                 raise
             except ConflictError as error:  # the service has only a part of it
@@ -178,6 +182,16 @@ class InputFetcher:
             f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs",
             code="input_altered",
         )
+
+    def _shown(self, call: Callable[[], None]) -> None:
+        """Make a call; the job shows why it failed until another one succeeds."""
+        try:
+            call()
+        except ServiceUnavailableError as error:
+            message = f"waiting for its inputs: {error.message}"[:2000]
+            changes = {"message": message}
+            self._state.first_progress = self._state.first_progress.model_copy(update=changes)
+            raise
 
     def _download(self, file: InputFile, part: Path) -> None:
         with part.open("ab") as out:
