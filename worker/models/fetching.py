@@ -138,6 +138,10 @@ class ModelFetcher:
         self._check()
         time.sleep(LOOK_SECONDS)
 
+    def _wait_for(self, model: NeededModel) -> None:
+        self.note(f"waiting for another worker of this host, which downloads {model.what}")
+        self._pause()
+
     # --- of the service
 
     def _of_service(
@@ -175,7 +179,7 @@ class ModelFetcher:
 
     def _kept(self, model: NeededModel, record: ModelRecord, fill: Callable[[Path], None]) -> Path:
         """A model in the cache, downloaded by ``fill`` if it is not whole."""
-        held = self._cache.hold(record, self._pause)
+        held = self._cache.hold(record, lambda: self._wait_for(model))
         folder = self.inputs / model.prefix if held is None else held.folder
         if held is not None:
             self.held.callback(held.release)
