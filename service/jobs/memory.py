@@ -18,7 +18,7 @@ FLOAT, HALF = 4, 2
 ADAM = 2
 """Numbers that Adam keeps for each weight; Adafactor keeps far fewer."""
 MOST_BYTES = 2**62
-"""A model that needs more is damaged: its files do not tell what it needs."""
+"""A model that needs more is damaged: what it needs is not known."""
 MOST_DIMS = 64
 """torch has no tensor of more dimensions."""
 INDEX = "model.safetensors.index.json"
