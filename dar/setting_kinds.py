@@ -122,8 +122,12 @@ def _storage_url(value: object) -> object:
     return str(_folder(Path(unquote(parts.path) if parts.scheme == "file" else value)))
 
 
-def _web_url(value: str) -> str:
-    """The URL of a host, without a slash at its end."""
+def web_url(value: str) -> str:
+    """The URL of a host, without a slash at its end.
+
+    Raises:
+        ValueError: It is none.
+    """
     parts = urlsplit(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
         raise ValueError("must be a URL like https://s3.example.com, without a user name")
@@ -257,7 +261,7 @@ Days = Annotated[float, Field(ge=0, le=36500, allow_inf_nan=False)]
 Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]
 CacheFolder = Annotated[Path, BeforeValidator(_cache_folder), AfterValidator(_folder)]
 StorageURL = Annotated[str, BeforeValidator(_storage_url)]
-WebURL = Annotated[str, AfterValidator(_web_url)]
+WebURL = Annotated[str, AfterValidator(web_url)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Host = Annotated[str, AfterValidator(_host)]
 Devices = Annotated[str | None, AfterValidator(_devices)]

@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     """Where uploaded files and checkpoints are kept: ``s3://bucket/prefix``, or a folder; default:
     ``DAR_ARTIFACTS_DIR``. Folder for one host, bucket for several."""
 
-    s3_endpoint: WebURL | None = Field(
+    s3_endpoint: str | None = Field(
         default=None,
         validation_alias=AliasChoices("DAR_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     )
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
     """URL of the S3 store for workers and users, who get signed URLs of it; default:
     ``DAR_S3_ENDPOINT``."""
 
-    s3_region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = Field(
+    s3_region: str = Field(
         default="us-east-1",
         validation_alias=AliasChoices("DAR_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     )

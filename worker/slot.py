@@ -15,7 +15,7 @@ from dar.errors import (
     PermissionDeniedError,
 )
 from dar.fault_points import fault_point
-from dar.protocol.worker import NAME_TAKEN, Claim, Lease, ModelInventory, WorkerFault
+from dar.protocol.worker import NAME_TAKEN, Claim, Lease, WorkerFault
 from dar.settings import Settings
 from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
@@ -116,7 +116,7 @@ class Slot:
             log.info("this worker claims jobs again")
         self._fault = fault
         report = report_of(self._settings, self._machine, fault)
-        changes = {"is_leaving": is_leaving, "models": self._models()}
+        changes = {"is_leaving": is_leaving, "models": inventory(self._settings)}
         report = report.model_copy(update=changes)
         return self._claim.model_copy(
             update={"report": report, "wants_job": wants_job and fault is None}
@@ -128,13 +128,6 @@ class Slot:
             ModelCache.of(self._settings).tidy()
         except OSError as error:  # what is wrong with the disk is found by the self-check
             log.warning("the cache of models cannot be tidied", error=str(error))
-
-    def _models(self) -> ModelInventory | None:
-        try:
-            return inventory(self._settings)
-        except OSError as error:
-            log.warning("models cannot be listed", error=str(error))
-            return None
 
     def introduce(self) -> None:
         """Kill the trainers of a predecessor, and report this worker; the service may be away.

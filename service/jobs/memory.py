@@ -17,6 +17,10 @@ FLOAT, HALF = 4, 2
 """Bytes of a number. Weights that are trained are always of 4 bytes."""
 ADAM = 2
 """Numbers that Adam keeps for each weight; Adafactor keeps far fewer."""
+MOST_BYTES = 2**62
+"""A model that needs more is damaged: what it needs is not known."""
+MOST_DIMS = 64
+"""torch has no tensor of more dimensions."""
 INDEX = "model.safetensors.index.json"
 GATED = frozenset(
     {
@@ -47,6 +51,12 @@ def least_memory(spec: DARSpec, model: ModelFiles) -> Memory | None:
     count = parameters_of(model)
     if count is None:
         return None
+    found = _for(spec, count)
+    return found if 0 <= found.on_cpu <= MOST_BYTES and found.beside_gpus <= MOST_BYTES else None
+
+
+def _for(spec: DARSpec, count: int) -> Memory:
+    """The least memory of a job that trains a model of so many weights."""
     if spec.peft is not None:
         frozen = {"fp32": FLOAT, "auto": FLOAT}.get(spec.precision, HALF)
         return Memory(count * frozen, count * (FLOAT if spec.precision == "fp32" else HALF))
@@ -94,7 +104,11 @@ def _weight_files(model: ModelFiles) -> list[str]:
 
 
 def _is_shape(shape: object) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return (
+        isinstance(shape, list)
+        and len(shape) <= MOST_DIMS
+        and all(type(size) is int and 0 <= size <= MOST_BYTES for size in shape)
+    )
 
 
 def _by_config(config: Mapping[str, Any]) -> int | None:

@@ -129,8 +129,17 @@ class ModelFiles:
             if name.endswith(".weight") and len(entry.get("shape", ())) >= LEAST_LAYER_DIMS
         }
 
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Mapping[str, Any]] | None]:
+        return {}
+
     def header(self, name: str) -> dict[str, Mapping[str, Any]] | None:
         """Names and shapes of the tensors in a safetensors file; None if it is damaged."""
+        if name not in self._headers:
+            self._headers[name] = self._read_header(name)
+        return self._headers[name]
+
+    def _read_header(self, name: str) -> dict[str, Mapping[str, Any]] | None:
         try:
             (size,) = struct.unpack("<Q", self._content(name, 0, 8))
             if size > MAX_JSON_BYTES:

@@ -12,7 +12,13 @@ import orjson
 from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import IdempotencyMismatchError, InvalidRequestError, NotFoundError, Problem
+from dar.errors import (
+    IdempotencyMismatchError,
+    InvalidRequestError,
+    NotFoundError,
+    Problem,
+    ServiceUnavailableError,
+)
 from dar.protocol import spec_checks
 from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET
 from dar.protocol.hub_data import SCHEME, HubData
@@ -40,6 +46,8 @@ from service.store.database import Transaction
 from service.store.tables import FileRow, JobRow
 
 Replay = Literal["true", "inferred"]
+PLANS = 5
+"""How often a submission is checked anew, because what it needs has changed meanwhile."""
 EARLIER_LEARNING_RATE = 1e-6
 """What earlier versions wrote into a spec without a learning rate."""
 EARLIER_STRENGTHS = {name: Hyperparameters.model_fields[name].default for name in CHOSEN}
@@ -103,6 +111,20 @@ class CheckedData:
     """The first row with a conversation in each uploaded file; None: no such row."""
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan before the files of its models are read."""
+
+    plan: Plan
+    data: CheckedData
+    files: model_checks.ModelFiles | None
+    """Of the model that is trained; None for a hub model."""
+
+
+class _StalePlanError(Exception):
+    """Something that a job needs has changed since its plan was made."""
+
+
 def body_digest(spec: JobSpec) -> str:
     """Digest of a spec that ignores whitespace, the order of keys, and defaults written out.
 
@@ -150,7 +172,8 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
     with runtime.database.read() as transaction:
         resolved = endpoints.resolve(transaction, submission.user.project_id, submission.spec)
         probes = list(_probes(transaction, runtime, submission, resolved))
-        plan = _plan(transaction, runtime, submission, resolved)
+        drafted = _draft(transaction, runtime, submission, resolved)
+    plan = _complete(runtime, drafted)
     fresh = [one for one in probes if not runtime.passed_probes.has(one.key)]
     known = [
         notice
@@ -168,7 +191,26 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
 
 
 def store(runtime: Runtime, plan: Plan) -> Submitted:
-    """Store the job of a plan. What has changed since the plan was made is checked again."""
+    """Store the job of a plan. What has changed since the plan was made is checked again.
+
+    Raises:
+        ServiceUnavailableError: What the job needs changes again and again.
+    """
+    for _ in range(PLANS):
+        if (submitted := _try_store(runtime, plan)) is not None:
+            return submitted
+        with runtime.database.read() as transaction:
+            project_id = plan.submission.user.project_id
+            resolved = endpoints.resolve(transaction, project_id, plan.submission.spec)
+            drafted = _draft(transaction, runtime, plan.submission, resolved)
+        plan = replace(_complete(runtime, drafted), notices=plan.notices)
+    raise ServiceUnavailableError(
+        "a file, model or reward endpoint of the job is being changed; send the request again"
+    )
+
+
+def _try_store(runtime: Runtime, plan: Plan) -> Submitted | None:
+    """Store the job of a plan; None: something has changed since the plan was made."""
     submission = plan.submission
 
     def work(transaction: Transaction) -> Submitted:
@@ -176,22 +218,21 @@ def store(runtime: Runtime, plan: Plan) -> Submitted:
         earlier = _earlier(transaction, submission, claim)
         if earlier is not None:
             return earlier
-        current = plan
         if not _keep(transaction, plan):
-            project_id = submission.user.project_id
-            resolved = endpoints.resolve(transaction, project_id, submission.spec)
-            current = _plan(transaction, runtime, submission, resolved)
-        job = _new_job(transaction, current)
-        jobs.submit(transaction, job, current.model.checkpoint_ids)
+            raise _StalePlanError
+        job = _new_job(transaction, plan)
+        jobs.submit(transaction, job, plan.model.checkpoint_ids)
         if claim is not None:
             claim.add(job.id, submission.retry_count)
         events.append(transaction, job.id, plan.notices)
-        reward_endpoints.link(transaction, job.id, current.resolved.links)
+        reward_endpoints.link(transaction, job.id, plan.resolved.links)
         transaction.after_commit(runtime.waker.wake)
         return Submitted(job)
 
     try:
         return runtime.database.transact(work)
+    except _StalePlanError:
+        return None
     except IntegrityError:
         # The same key was sent twice at once, and the other request has stored its job by now.
         earlier = _replayed(runtime, submission)
@@ -288,13 +329,13 @@ def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
     return next(iter(first_prompts(file, 1)), None)
 
 
-def _plan(
+def _draft(
     transaction: Transaction,
     runtime: Runtime,
     submission: Submission,
     resolved: endpoints.ResolvedSpec,
-) -> Plan:
-    """Check a submission, and keep what it needs until the transaction ends."""
+) -> Draft:
+    """Check a submission against everything but the files of its models."""
     settings = runtime.settings
     if problems := spec_checks.problems_of(submission.spec):
         raise errors.invalid(problems)
@@ -309,10 +350,16 @@ def _plan(
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
     installed = models.files_of(transaction, runtime, name, model.source)
-    if problems := _model_problems(runtime, submission.spec, installed, data):
+    return Draft(Plan(submission, resolved, model, data.num_rows), data, installed)
+
+
+def _complete(runtime: Runtime, draft: Draft) -> Plan:
+    """Check the files of the models, outside of a transaction: a bucket may take its time."""
+    spec = draft.plan.submission.spec
+    if problems := _model_problems(runtime, spec, draft.files, draft.data):
         raise errors.invalid(problems)
-    memory = None if installed is None else least_memory(submission.spec.dar, installed)
-    return Plan(submission, resolved, model, data.num_rows, memory=memory)
+    memory = None if draft.files is None else least_memory(spec.dar, draft.files)
+    return replace(draft.plan, memory=memory)
 
 
 def _model_problems(

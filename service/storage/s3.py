@@ -90,7 +90,7 @@ class S3Storage(Storage):
             bucket.name,
             prefix=bucket.prefix or None,
             region=bucket.region,
-            endpoint=bucket.endpoint,
+            **({} if bucket.endpoint is None else {"endpoint": bucket.endpoint}),
             virtual_hosted_style_request=bucket.endpoint is None,
             checksum_algorithm="SHA256",
             credential_provider=self._credentials,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, and_, case, cast, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.protocol.base import MAX_COUNT
@@ -27,6 +27,8 @@ CHECKPOINTS_ON_DISK = 3
 """Checkpoints for which an attempt needs room: the one it resumes from, and two of its own."""
 MOST_NOTED = 10
 """Jobs without room for which one claim notes that."""
+NO_ROOM = "waiting for a worker with "
+"""How the message of a job begins for which no worker has the room."""
 PROCESSES = ("method", "dar", "resources", "processes")
 """Place of the number of processes in a spec."""
 
@@ -170,33 +172,53 @@ def _memory_for(job: type[JobRow], report: WorkerReport) -> ColumnElement[int]:
 
 
 def _note_missing_room(transaction: Transaction, claim: Claim) -> None:
-    """Show why jobs wait for which a worker without a job has no room."""
+    """Show why jobs wait for which no worker that is alive has the room, not even a busy one."""
     report = claim.report
     if report is None:
         return
-    disk, memory = _room_for(JobRow), _memory_for(JobRow, report)
-    lacks_disk = disk > report.disk_free
-    lacks_memory = false() if report.memory_free is None else memory > report.memory_free
+    room = _room_for(JobRow)
+    lacks = [room > report.disk_free]
+    if report.memory_free is not None:
+        lacks.append(_memory_for(JobRow, report) > report.memory_free)
     is_due = _is_due(JobRow, transaction.now, timedelta(0))
-    short = (
-        select(JobRow.id, disk, memory, lacks_disk)
-        .where(is_due, or_(lacks_disk, lacks_memory))
-        .limit(MOST_NOTED)
-    )
-    for job_id, room, least, is_of_disk in transaction.execute(short).all():
-        what = (
-            f"{room:,} bytes of free disk for its checkpoints"
-            if is_of_disk
-            else f"{least:,} bytes of free memory, the least that its trainer needs there"
-        )
-        message = f"waiting for a worker with {what}"
+    short = select(JobRow, room).where(is_due, or_(*lacks)).limit(MOST_NOTED)
+    found = transaction.execute(short).all()
+    fleet = workers.able(transaction) if found else []
+    for job, least in found:
+        what = _missing_everywhere(job, least, fleet)
+        if what is None and not (job.status_message or "").startswith(NO_ROOM):
+            continue
+        message = "waiting for a worker" if what is None else f"{NO_ROOM}{what}"
         transaction.execute(
             update(JobRow)
-            .where(JobRow.id == job_id, JobRow.status == "queued")
+            .where(JobRow.id == job.id, JobRow.status == "queued")
             .where(JobRow.status_message.is_distinct_from(message))
             .values(status_message=message)
             .execution_options(synchronize_session=False)
         )
+
+
+def _missing_everywhere(job: JobRow, room: int, fleet: Sequence[WorkerRow]) -> str | None:
+    """What a job needs that none of these workers has; None: one of them could run it."""
+    resources = job.spec["method"]["dar"].get("resources") or {}
+    wanted = resources.get("processes") or 1
+    if wanted <= max(map(_processes, fleet), default=0):
+        fleet = [row for row in fleet if _processes(row) >= wanted]
+    reports = [row.report for row in fleet]
+    known = [report for report in reports if report is not None]
+    if len(known) < len(reports):  # a worker of an earlier version takes any job
+        return None
+    roomy = [report for report in known if room <= report["disk_free"]]
+    if not roomy:
+        return f"{room:,} bytes of free disk for its checkpoints"
+    needs = []
+    for report in roomy:
+        least = (job.loading_bytes if report["devices"] else job.memory_bytes) or 0
+        free = report["memory_free"]
+        if free is None or least <= free:
+            return None
+        needs.append(least)
+    return f"{min(needs):,} bytes of free memory, the least that its trainer needs there"
 
 
 def _processes(row: WorkerRow) -> float:
@@ -212,6 +234,7 @@ def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnEle
         other.node != node,
         workers.is_able(other, now),
         ~_is_busy(other),
+        _has_room(other, job),
         ~_has_failed_on(other.node, job),
     )
     return and_(
@@ -233,10 +256,32 @@ def _is_left_to_holders(
         workers.is_able(other, now),
         ~_is_busy(other),
         workers.has_model(other, model),
+        _has_room(other, job),
         ~_has_failed_on(other.node, job),
     )
     is_fresh = job.not_before.between(now - HOLDERS_FIRST, now)  # later: the clock was set back
     return and_(is_fresh, model.not_in(names), idle.exists())
+
+
+def _has_room(worker: type[WorkerRow], job: type[JobRow]) -> ColumnElement[bool]:
+    """Whether a worker has the disk space, memory and devices that a job needs.
+
+    One of an earlier version, which reports nothing, takes any job.
+    """
+
+    def bytes_of(name: str) -> ColumnElement[int]:
+        return cast(worker.report[name].as_string(), BigInteger)  # as_integer has 32 bits
+
+    devices = func.json_array_length(worker.report["devices"])
+    memory = case((devices > 0, job.loading_bytes), else_=job.memory_bytes)
+    free = bytes_of("memory_free")
+    wanted = func.coalesce(job.spec[PROCESSES].as_integer(), 1)
+    has_all = and_(
+        _room_for(job) <= bytes_of("disk_free"),
+        or_(free.is_(None), func.coalesce(memory, 0) <= free),
+        or_(devices == 0, wanted <= devices),
+    )
+    return or_(worker.report.is_(None), has_all)
 
 
 def _is_busy(worker: type[WorkerRow]) -> ColumnElement[bool]:

@@ -1,5 +1,6 @@
 """A bucket that cannot be used, and transfers that pass by the service."""
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -15,9 +17,11 @@ from storage.test_contract import PLACE, send, upload_of
 
 from dar.errors import ConfigurationError, ConflictError, ServiceUnavailableError
 from dar.protocol.worker import DirectPart, InputFile
+from dar.settings import Settings
 from fakes.scripted_installation import free_port
 from fakes.seaweed import ADMIN, READER, SERVICE, Identity, SeaweedFS
 from service.storage import signing
+from service.storage.opening import open_storage
 from service.storage.s3 import S3Storage
 from service.storage.storage import DirectTransfers, PartRequest
 
@@ -30,6 +34,31 @@ UNUSABLE: dict[str, tuple[Identity, str, str]] = {
     "a bucket that does not exist": (ADMIN, "s3://none/x", "no bucket 'none'"),
     "an address where nothing listens": (SERVICE, "", "does not answer"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:4566", "AWS_ENDPOINT_URL.* must be a URL like https"),
+        ("AWS_REGION", "EU Central", "AWS_REGION.* must be a name like eu-central-1"),
+        ("DAR_S3_ACCESS_KEY_ID", "id", "DAR_S3_SECRET_ACCESS_KEY is not set"),
+        ("DAR_S3_SECRET_ACCESS_KEY", "secret", "DAR_S3_ACCESS_KEY_ID is not set"),
+        ("AWS_ENDPOINT_URL", "", None),
+        ("AWS_REGION", "", None),
+    ],
+)
+def test_settings_of_a_bucket_are_checked_only_where_there_is_one(
+    name: str, value: str, said: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv(name, value)
+    open_storage(Settings(home=tmp_path))
+    of_bucket = Settings(home=tmp_path, storage_url="s3://bucket/x")
+    with (
+        contextlib.nullcontext() if said is None else pytest.raises(ConfigurationError, match=said)
+    ):
+        open_storage(of_bucket)
 
 
 @pytest.mark.parametrize("what", UNUSABLE)

@@ -194,7 +194,7 @@ def test_a_slot_leaves_jobs_to_larger_slots_that_it_cannot_run(world: World) -> 
 
 def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: World) -> None:
     job_id = world.submit()
-    held = world.claim(node="a")
+    held = world.claim(node="a", report=world.report("a", disk_free=10**9))
     world.publish(held, 5)
     with world.database.write() as transaction:
         made = transaction.query(tables.CheckpointRow).one()
@@ -204,6 +204,32 @@ def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: W
     said = world.job(job_id).status_message
     assert said == "waiting for a worker with 3,000,000,000 bytes of free disk for its checkpoints"
     assert world.claim(node="c", report=world.report("c", disk_free=4 * 10**9)).job.id == job_id
+
+
+def test_a_job_waits_for_a_worker_that_is_busy_and_not_for_memory(world: World) -> None:
+    world.submit()
+    large = world.report("gpu", devices=["0"], memory_free=100)
+    assert world.claim(node="gpu", report=large) is not None
+    job_id = world.submit(memory_bytes=400, loading_bytes=80)
+
+    def said(**values: Any) -> str | None:
+        assert world.claim(node="cpu", report=world.report("cpu", **values)) is None
+        return world.job(job_id).status_message
+
+    said(memory_free=50)
+    assert not (world.job(job_id).status_message or "").startswith(leases.NO_ROOM)
+    world.clock.advance(100)  # that worker is gone
+    least = f"{leases.NO_ROOM}400 bytes of free memory, the least that its trainer needs there"
+    assert said(memory_free=50) == least
+    small = world.report("gpu-2", devices=["0"], memory_free=70)
+    assert world.claim(node="gpu-2", report=small) is None
+    both = world.job(job_id).status_message
+    assert both == least.replace("400", "80"), "what is the least that helps"
+    assert said(memory_free=50) == both, "workers of two kinds do not overwrite each other"
+    world.claim(
+        node="gpu-3", report=world.report("gpu-3", devices=["0"], memory_free=80), wants_job=False
+    )
+    assert said(memory_free=50) == "waiting for a worker"
 
 
 def test_a_job_that_failed_on_a_node_goes_to_another_first(world: World) -> None:
@@ -333,6 +359,38 @@ def test_a_job_goes_to_an_idle_worker_that_has_its_model_and_soon_to_any(
     held = lacks("node-3")
     assert held is not None, "the preference is short"
     assert held.job.id == waiting
+
+
+@pytest.mark.parametrize(
+    ("values", "is_left"),
+    [
+        ({"memory_free": 5 * 10**9}, False),
+        ({"memory_free": 7 * 10**9}, True),
+        ({"memory_free": 5 * 10**9, "devices": ["0", "1"]}, True),
+        ({"devices": ["0"]}, False),
+        ({"disk_free": 10**10}, False),
+        ({"disk_free": 4 * 10**10}, True),
+    ],
+)
+def test_a_job_is_left_to_a_holder_of_its_model_only_if_that_could_run_it(
+    world: World, values: dict[str, Any], is_left: bool
+) -> None:
+    spec = world.limited()
+    spec["method"]["dar"]["resources"] = {"processes": 2}
+    model = source("folder", "tiny")
+    needs = {"memory_bytes": 6 * 10**9, "loading_bytes": 10**9, "spec": spec}
+    world.submit(model_source=model, **needs)
+    held = world.claim(node="a", report=world.report("a"))
+    assert held is not None
+    world.publish(held, 5)
+    with world.database.write() as transaction:
+        transaction.query(tables.CheckpointRow).one().bytes = 10**10
+    end(world, held, Release(attempt=1, reason="drained"))
+    models = {"names": ["tiny"], "cache_bytes": 1, "cache_limit": 2}
+    report = world.report("machine-2", models=models, **values)
+    assert world.claim(node="node-2", report=report, wants_job=False) is None
+    taken = world.claim(node="node-1", report=has(world, "another"))
+    assert (taken is None) == is_left
 
 
 def test_a_heartbeat_renews_the_list_of_models_and_a_worker_that_is_gone_has_none(

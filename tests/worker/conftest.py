@@ -113,7 +113,11 @@ def fetch() -> Iterator[Callable[..., LocalInputs]]:
     with ExitStack() as held:
 
         def run(
-            state: AttemptState, client: WorkerClient, models: Path, **changes: Any
+            state: AttemptState,
+            client: WorkerClient,
+            models: Path,
+            note: Callable[[str], None] = lambda _: None,
+            **changes: Any,
         ) -> LocalInputs:
             work = state.folder.path.parent
             given = {"models_dir": models, "work_dir": work, "is_offline": True}
@@ -124,7 +128,7 @@ def fetch() -> Iterator[Callable[..., LocalInputs]]:
                 settings,
                 state.folder.inputs,
                 state.must_stop,
-                lambda _: None,
+                note,
                 held,
             )
             return InputFetcher(state, client, fetcher).fetch()

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dar.disk import read_if_there, sync_tree, write_atomically
 from dar.protocol.worker import MOST_MODELS, ModelInventory
 from dar.settings import Settings
-from worker.models.local import names_in
+from worker.models.local import names_in, size_of
 
 log = structlog.get_logger(__name__)
 
@@ -67,14 +67,6 @@ class ModelRecord(BaseModel):
     def is_in(self, folder: Path) -> bool:
         """Whether a folder has all files in their sizes."""
         return all(size_of(folder / name) == size for name, size in self.files.items())
-
-
-def size_of(path: Path) -> int | None:
-    """Size of a file; None: there is none."""
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,15 +267,19 @@ class ModelCache:
             yield
 
 
-def inventory(settings: Settings) -> ModelInventory:
-    """What this host has, for the service."""
+def inventory(settings: Settings) -> ModelInventory | None:
+    """What this host has, for the service; None: it cannot be listed, which ends no attempt."""
     cache = ModelCache.of(settings)
-    names = dict.fromkeys([*names_in(settings.models_path), *cache.names()])
-    return ModelInventory(
-        names=list(names)[:MOST_MODELS],
-        cache_bytes=cache.bytes(),
-        cache_limit=cache.max_bytes,
-    )
+    try:
+        names = dict.fromkeys([*names_in(settings.models_path), *cache.names()])
+        return ModelInventory(
+            names=list(names)[:MOST_MODELS],
+            cache_bytes=cache.bytes(),
+            cache_limit=cache.max_bytes,
+        )
+    except (OSError, ValidationError) as error:
+        log.warning("models cannot be listed", error=str(error))
+        return None
 
 
 def _read(place: Path) -> ModelRecord | None:

@@ -16,7 +16,7 @@ from dar.settings import Settings
 from worker.api import GaveUpError, MissingError, WorkerClient
 from worker.models.cache import ModelCache, ModelRecord
 from worker.models.hub import Hub, hub_token, library_main, library_snapshot
-from worker.models.local import InputFetchError, local_folder, safe_path
+from worker.models.local import InputFetchError, bytes_to_arrive, local_folder, safe_path
 
 log = structlog.get_logger(__name__)
 
@@ -138,6 +138,10 @@ class ModelFetcher:
         self._check()
         time.sleep(LOOK_SECONDS)
 
+    def _wait_for(self, model: NeededModel) -> None:
+        self.note(f"waiting for another worker of this host, which downloads {model.what}")
+        self._pause()
+
     # --- of the service
 
     def _of_service(
@@ -175,14 +179,14 @@ class ModelFetcher:
 
     def _kept(self, model: NeededModel, record: ModelRecord, fill: Callable[[Path], None]) -> Path:
         """A model in the cache, downloaded by ``fill`` if it is not whole."""
-        held = self._cache.hold(record, self._pause)
+        held = self._cache.hold(record, lambda: self._wait_for(model))
         folder = self.inputs / model.prefix if held is None else held.folder
         if held is not None:
             self.held.callback(held.release)
             if held.is_whole:
                 return folder
         folder.mkdir(parents=True, exist_ok=True)
-        lacks = sum(size for name, size in record.files.items() if not (folder / name).is_file())
+        lacks = bytes_to_arrive(folder, record.files)
         check_room(folder, lacks)
         log.info("downloading a model", model=record.name, bytes=lacks, kept=held is not None)
         self.note(f"downloading {model.what}, {lacks:,} bytes")

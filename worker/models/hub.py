@@ -26,8 +26,7 @@ from dar.errors import DARError, HubUnreachableError, ModelNotFoundError
 from dar.protocol import hub_refusals
 from dar.rewards.http.redaction import Redactor
 from dar.settings import Settings, unusable_surroundings
-from worker.models.cache import size_of
-from worker.models.local import CONFIG, InputFetchError, safe_path
+from worker.models.local import CONFIG, InputFetchError, arriving, safe_path, size_of
 
 log = structlog.get_logger(__name__)
 
@@ -168,7 +167,7 @@ class Hub:
         if target.is_file() and target.stat().st_size == file.bytes:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".tmp-{target.name}")
+        part = arriving(target)
         url = f"{self._endpoint}/{name}/resolve/{commit}/{quote(file.name)}"
         for _ in range(VERIFY_ATTEMPTS):
             part.touch()

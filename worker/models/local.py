@@ -1,6 +1,6 @@
 """The worker's own folder of models, and paths that stay inside a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from dar.disk import link_out_of
@@ -28,6 +28,33 @@ def safe_path(folder: Path, name: str) -> Path:
             f"an input was named {name!r} by its source, which is not a path in a folder"
         )
     return folder.joinpath(*parts)
+
+
+def arriving(target: Path) -> Path:
+    """Where the bytes of a file are until all of them have arrived."""
+    return target.with_name(f".tmp-{target.name}")
+
+
+def size_of(path: Path) -> int | None:
+    """Size of a file; None: there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def bytes_to_arrive(folder: Path, sizes: Mapping[str, int]) -> int:
+    """How many bytes a folder lacks of files with these sizes.
+
+    Raises:
+        InputFetchError: A name leaves the folder.
+    """
+    found = 0
+    for name, size in sizes.items():
+        target = safe_path(folder, name)
+        if size_of(target) != size:
+            found += max(0, size - (size_of(arriving(target)) or 0))
+    return found
 
 
 def local_folder(models_path: Path, name: str) -> Path | None:

@@ -13,7 +13,13 @@ from typing import TypeVar
 import structlog
 
 from dar.client.transport import Backoff
-from dar.errors import CheckpointError, ConflictError, DARError, FencedError
+from dar.errors import (
+    CheckpointError,
+    ConflictError,
+    DARError,
+    FencedError,
+    ServiceUnavailableError,
+)
 from dar.fault_points import fault_point
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import (
@@ -189,6 +195,8 @@ class CheckpointUploader:
             digests[file.name] = found.parts
         request = CheckpointParts(attempt=self._lease.attempt, files=digests)
 
+        stored: set[tuple[str, int]] = set()
+
         def send_next() -> bool:
             # Asked again after every failure: its URLs may have expired, and some parts are stored.
             lease_id = self._lease.lease_id
@@ -197,6 +205,15 @@ class CheckpointUploader:
                 raise CheckpointError(f"the service asked for {min(unknown)!r}, which is no file")
             self._store.put_all(folder, parts)
             fault_point("worker.parts_stored")
+            sent = {(part.name, part.offset) for part in parts}
+            is_lost = bool(sent & stored)
+            stored.update(sent)
+            if is_lost:  # repeated with growing pauses
+                raise ServiceUnavailableError(
+                    "the artifact store took parts of a checkpoint, but the service does not find "
+                    "them there; DAR_S3_PUBLIC_ENDPOINT must lead to the store of DAR_S3_ENDPOINT",
+                    code="storage_unavailable",
+                )
             return bool(parts)
 
         while self._until_stored(send_next, "upload to the store"):

@@ -17,7 +17,7 @@ from dar.protocol.worker import REWARD_MODELS, InputFile
 from worker.api import GaveUpError, WorkerClient
 from worker.failures import NETWORK
 from worker.models.fetching import MODEL, ModelFetcher, check_room
-from worker.models.local import InputFetchError, safe_path
+from worker.models.local import InputFetchError, arriving, bytes_to_arrive, safe_path
 from worker.store_client import StoreClient
 from worker.supervisor.state import AttemptState
 
@@ -132,7 +132,8 @@ class InputFetcher:
         models = self._models.fetch(files, self._fetch_one)
         of_models = tuple(f"{prefix}/" for prefix in models)
         wanted = [file for file in files if not file.name.startswith(of_models)]
-        check_room(self._folder, sum(file.bytes for file in wanted))
+        sizes = {file.name: file.bytes for file in wanted}
+        check_room(self._folder, bytes_to_arrive(self._folder, sizes))
         for file in wanted:
             self._fetch_one(file, safe_path(self._folder, file.name))
         resumes = any(file.name.startswith(f"{RESUME}/") for file in wanted)
@@ -160,10 +161,14 @@ class InputFetcher:
 
     def _fetch_one(self, file: InputFile, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".tmp-{target.name}")
+        part, shown = arriving(target), self._state.first_progress
         for _ in range(VERIFY_ATTEMPTS):
             try:
-                self._until_answered(lambda: self._download(file, part), f"download {file.name}")
+                self._until_answered(
+                    lambda: self._shown(lambda: self._download(file, part)),
+                    f"download {file.name}",
+                )
+                self._state.first_progress = shown
             except FencedError:
                 raise
             except ConflictError as error:  # the service has only a part of it
@@ -177,6 +182,16 @@ class InputFetcher:
             f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs",
             code="input_altered",
         )
+
+    def _shown(self, call: Callable[[], None]) -> None:
+        """Make a call; the job shows why it failed until another one succeeds."""
+        try:
+            call()
+        except ServiceUnavailableError as error:
+            message = f"waiting for its inputs: {error.message}"[:2000]
+            changes = {"message": message}
+            self._state.first_progress = self._state.first_progress.model_copy(update=changes)
+            raise
 
     def _download(self, file: InputFile, part: Path) -> None:
         with part.open("ab") as out:

@@ -20,6 +20,7 @@ from dar.protocol.worker import NewCheckpointRow
 from dar.settings import Settings
 from fakes.cutting_proxy import CuttingProxy
 from fakes.live_service import Lease, Live
+from fakes.loopback import LoopbackServer
 from fakes.seaweed import SERVICE, SeaweedFS
 from service.backup import backup, restore
 from service.storage import signing
@@ -161,6 +162,38 @@ def test_weights_go_to_the_bucket_and_back_over_a_broken_network_and_never_throu
     assert {one.headers.get("range") for one in stored} >= {f"bytes={PART}-"}
     assert not any("authorization" in one.headers for one in stored), "no key goes to the store"
     proxy.close()
+
+
+def test_an_endpoint_of_another_store_or_of_none_is_shown_and_waited_for(
+    serve: Callable[..., Live], bucket: dict[str, Any], worker: Callable[..., Any], tmp_path: Path
+) -> None:
+    with LoopbackServer(
+        lambda request: request.answer(b"", 200 if request.method == "PUT" else 503)
+    ) as other:
+        live = serve(**bucket, s3_public_endpoint=other.url.rstrip("/"))
+        _, lease = live.running()
+        state, client = worker(live, lease)
+        row, _ = publish(state, 2)
+        uploads = state.spawn("upload", lambda: upload(state, client, row))
+        wait_for(lambda: "DAR_S3_PUBLIC_ENDPOINT must lead" in (state.blocked or ""))
+        time.sleep(1)
+        assert len(other.requests) < 60, "with growing pauses"
+
+        def fetch_inputs() -> None:
+            fetch(state, client, tmp_path)
+
+        fetches = state.spawn("fetch", fetch_inputs)
+        wait_for(lambda: "answers 503" in (state.first_progress.message or ""))
+        state.lost.set()
+        uploads.join(10)
+        fetches.join(10)
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def only_manifests(put: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,14 +1,19 @@
 """What the files of an installed model rule out is said at submission."""
 
+import contextlib
 import json
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fakes.live_service import Live
+from service.jobs import submission
+from service.jobs.model_checks import ModelFiles
+from service.store.database import Database
 
 PATH = "/v1/fine_tuning/jobs"
 CHAT = b'{"prompt": "hi"}\n{"prompt": [{"role": "user", "content": "ho"}]}\n'
@@ -264,6 +269,10 @@ LEAST_MEMORY: list[tuple[dict[str, Any], dict[str, Any], int, int]] = [
     ({}, {"config": CONFIG | SIZES | {"vocab_size": "many"}, **NO_WEIGHTS}, 0, 0),
     ({}, {"config": {"model_type": "gpt2"}, **NO_WEIGHTS}, 0, 0),
     ({}, {"model_safetensors": b"damaged"}, 0, 0),
+    ({}, {"model_safetensors": header({"layer.weight": [10**30]})}, 0, 0),
+    ({}, {"model_safetensors": header({"layer.weight": [2**30, 2**30]})}, 0, 0),
+    ({}, {"config": CONFIG | SIZES | {"vocab_size": 10**30}, **NO_WEIGHTS}, 0, 0),
+    ({}, {"config": CONFIG | SIZES | {"head_dim": -(10**9)}, **NO_WEIGHTS}, 0, 0),
 ]
 
 
@@ -292,3 +301,39 @@ def test_a_worker_without_the_memory_for_a_job_does_not_claim_it(
                 )
             assert claims(least, devices), (number, least)
             live.http.post(f"{PATH}/{job_id}/cancel")
+
+
+def test_files_of_a_model_are_read_once_and_outside_of_transactions(
+    live: Live, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_transaction: list[int] = []
+    for kind in ("read", "write"):
+        usual = getattr(Database, kind)
+
+        @contextlib.contextmanager
+        def counted(self: Database, *args: Any, usual: Any = usual, **values: Any) -> Iterator[Any]:
+            in_transaction.append(threading.get_ident())
+            try:
+                with usual(self, *args, **values) as transaction:
+                    yield transaction
+            finally:
+                in_transaction.remove(threading.get_ident())
+
+        monkeypatch.setattr(Database, kind, counted)
+    read: list[tuple[str, int]] = []
+    content, keep = ModelFiles._content, submission._keep
+
+    def noted(self: ModelFiles, name: str, first: int, end: int) -> bytes:
+        assert threading.get_ident() not in in_transaction, name
+        read.append((name, first))
+        return content(self, name, first, end)
+
+    answers = [False]
+    monkeypatch.setattr(ModelFiles, "_content", noted)
+    monkeypatch.setattr(submission, "_keep", lambda *of: answers.pop() if answers else keep(*of))
+    install("tiny")
+    file_id = live.upload().json()["id"]
+    assert live.submit(model="tiny", training_file=file_id, dar=lora(["q_proj"]))["id"]
+    assert answers == [], "something has changed since the plan was made"
+    weights = [first for name, first in read if name == "model.safetensors"]
+    assert weights == [0, 8] * 2, "once for each plan"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.models.cache import HeldModel, ModelCache, ModelRecord
+from dar.settings import Settings
+from worker.models.cache import HeldModel, ModelCache, ModelRecord, inventory
 
 LIMIT = 100
 
@@ -103,6 +104,20 @@ def test_a_file_that_was_damaged_is_downloaded_again(
     assert again is not None
     assert not again.is_whole
     again.release()
+
+
+def test_models_that_cannot_be_listed_stop_no_worker(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, models_dir=tmp_path / "own", work_dir=tmp_path / "work")
+    strange = tmp_path / "own" / os.fsdecode(b"\xff")
+    strange.mkdir(parents=True)
+    (strange / "config.json").touch()
+    assert inventory(settings) is None, "a name that is no text"
+    (strange / "config.json").unlink()
+    damaged = tmp_path / "work" / "models" / "a" / "model.json"
+    damaged.mkdir(parents=True)
+    assert inventory(settings) is None, "a file that cannot be read"
+    damaged.rmdir()
+    assert inventory(settings) is not None
 
 
 SLOT = """

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -17,7 +18,8 @@ from fakes.scripted_installation import ScriptedInstallation
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
-from worker.models.cache import ModelCache
+from worker.models import fetching
+from worker.models.cache import ModelCache, ModelRecord
 from worker.models.local import InputFetchError
 from worker.supervisor.inputs import LocalInputs
 from worker.supervisor.state import AttemptState
@@ -83,7 +85,7 @@ class Host:
         with contextlib.closing(self.client(lease.token)) as client:
             client.end(lease.lease_id, Release(attempt=lease.attempt, reason="drained"))
 
-    def fetch(self, lease: Lease, **settings: object) -> LocalInputs:
+    def fetch(self, lease: Lease, **settings: Any) -> LocalInputs:
         folder = SlotFolder.of(self.folder / "work", "models").attempt(lease.lease_id)
         record = AttemptRecord(lease_id=lease.lease_id, job_id=lease.job_id, attempt=lease.attempt)
         folder.create(record)
@@ -145,6 +147,48 @@ def test_a_download_that_breaks_off_is_not_replaced_by_another_commit(host: Host
         host.fetch(second)
     host.give_back(second)
     assert host.claim("other").model.revisions == {NAME: "c" * 40}
+
+
+def test_a_slot_shows_that_it_waits_for_the_download_of_another(host: Host, hub: Hub) -> None:
+    host.submit()
+    lease = host.claim()
+    sizes = {name: len(FILES[name]) for name in WANTED}
+    record = ModelRecord(name=NAME, version="b" * 40, files=sizes)
+    held = host.cache.hold(record, lambda: None)
+    assert held is not None
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        held.lock.close()
+
+    host.fetch(lease, note=note)
+    assert notes[0] == (
+        "waiting for another worker of this host, which downloads the model 'team/policy'"
+    )
+
+
+def test_the_rest_of_a_download_needs_room_for_the_rest_alone(
+    host: Host, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    check = fetching.check_room
+
+    def checked(folder: Path, needs: int) -> None:
+        needed.append(needs)
+        check(folder, needs)
+
+    monkeypatch.setattr(fetching, "check_room", checked)
+    hub.cuts = [100_000, 0, 0, 0]
+    host.submit()
+    lease = host.claim()
+    with pytest.raises(HubUnreachableError):
+        host.fetch(lease, model_cache_bytes=1)
+    assert host.fetch(lease, model_cache_bytes=1).model_folder is not None
+    whole = sum(len(FILES[name]) for name in WANTED)
+    arrived = 100_000 + len(FILES["config.json"])
+    model = [needs for needs in needed if needs > 1000]
+    assert model == [whole, whole - arrived]
 
 
 def test_the_files_of_another_host_do_not_get_the_token(host: Host, hub: Hub) -> None:
