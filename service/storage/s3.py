@@ -47,7 +47,7 @@ from service.storage.storage import (
 )
 
 if TYPE_CHECKING:
-    from obstore.store import S3Credential
+    from obstore.store import S3Config, S3Credential
 
 log = structlog.get_logger()
 
@@ -86,11 +86,12 @@ class S3Storage(Storage):
         self._verifying: set[str] = set()
         """Keys of the checkpoints whose files a request is comparing now."""
         self._verifying_lock = threading.Lock()
+        place: S3Config = {} if bucket.endpoint is None else {"endpoint": bucket.endpoint}
         self._store = S3Store(
             bucket.name,
+            config=place,
             prefix=bucket.prefix or None,
             region=bucket.region,
-            **({} if bucket.endpoint is None else {"endpoint": bucket.endpoint}),
             virtual_hosted_style_request=bucket.endpoint is None,
             checksum_algorithm="SHA256",
             credential_provider=self._credentials,
