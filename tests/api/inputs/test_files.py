@@ -86,7 +86,7 @@ def test_one_bad_row_among_thousands_is_named(
     assert says in error["message"]
     assert error["message"].startswith("row 1234: ")
     assert live.http.get("/v1/files").json()["data"] == []
-    stored = [p for p in live.settings.artifacts_path.rglob("*") if p.is_file()]
+    stored = [p for p in (live.settings.artifacts_path / "files").rglob("*") if p.is_file()]
     assert stored == []
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_a_job_needs_stays(live: Live, error_of: Callable[..., Any])
     deleted = live.http.delete(path)
     assert deleted.json() == {"id": job["training_file"], "object": "file", "deleted": True}
     assert live.http.get(path).status_code == 404
-    assert not any(p.is_file() for p in live.settings.artifacts_path.rglob("*"))
+    assert not any(p.is_file() for p in (live.settings.artifacts_path / "files").rglob("*"))
 
 
 def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
