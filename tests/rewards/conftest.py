@@ -3,8 +3,8 @@ sockets.
 """
 
 import asyncio
-import ctypes
 import contextlib
+import ctypes
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
