@@ -102,6 +102,7 @@ class JobModel:
         job.check_exists()
         if job.status in {"queued", "paused"}:
             job.status, job.is_cancelling = "cancelled", True
+            job.is_waiting_for_reward = False
         elif job.status in {"running", "pausing"} and not job.is_cancelling:
             job.status, job.is_cancelling = "running", True
         elif job.status not in {"cancelled", "running"}:
@@ -126,6 +127,7 @@ class JobModel:
             return job.status
         if job.status in {"queued", "paused"} and job.newest:
             job.status, job.is_stopping = "succeeded", True
+            job.is_waiting_for_reward = False
         elif job.status in {"running", "pausing"} and not job.is_cancelling:
             job.status, job.is_stopping = "running", True
         else:
