@@ -87,22 +87,42 @@ class Jobs:
         self,
         *,
         status: JobStatus | None = None,
+        model: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        label: str | None = None,
+        created_after: int | None = None,
+        created_before: int | None = None,
+        q: str | None = None,
         order: Order = "desc",
         limit: int = 20,
     ) -> Listing[Job]:
-        """All jobs, newest first.
+        """All jobs that match every filter, newest first.
 
         Args:
             status: Only jobs with this status.
+            model: Only jobs that train this model.
             metadata: Only jobs with these labels.
+            label: ``key=value``, or ``key`` for jobs that have this label, whatever its value.
+            created_after: Only jobs of this second and later, in seconds since 1970.
+            created_before: Only jobs before this second.
+            q: Part of the id, of the name of the model or of the result, or of a label's value.
             order: ``asc``: oldest first.
             limit: Size of a page.
         """
         labels = {
             f"metadata[{key}]": value for key, value in mapping("metadata", metadata or {}).items()
         }
-        params = {"status": status, "order": order, "limit": limit, **labels}
+        params = {
+            "status": status,
+            "model": model,
+            "label": label,
+            "created_after": created_after,
+            "created_before": created_before,
+            "q": q,
+            "order": order,
+            "limit": limit,
+            **labels,
+        }
         return Listing(self._transport, PATH, Page[Job], params)
 
     def cancel(self, job_id: str | HasId) -> Job:
@@ -122,6 +142,14 @@ class Jobs:
             ConflictError: The job has ended or is being cancelled.
         """
         return self._transport.post(f"{_path(job_id)}/pause", Job)
+
+    def start(self, job_id: str | HasId) -> Job:
+        """Queue a job that was submitted with ``auto_start=False``. Starting it again is no error.
+
+        Raises:
+            ConflictError: The job has ended, or is paused after it has run: resume it.
+        """
+        return self._transport.post(f"{_path(job_id)}/start", Job)
 
     def stop(self, job_id: str | HasId) -> Job:
         """End a job successfully with the model that it has so far.

@@ -138,6 +138,8 @@ class Job(Output):
     """Actions that the job allows in its current state."""
     is_stoppable: bool = False
     """Whether the job can be stopped, so that it succeeds with the model that it has so far."""
+    is_startable: bool = False
+    """Whether the job has not run yet and waits until a request starts it; see ``auto_start``."""
     links: dict[str, str]
     """Paths of the job's events, metrics, samples and other resources."""
 

@@ -374,6 +374,8 @@ class JobSpec(Input):
     """Up to 16 labels of the user's own."""
     skip_validation: bool = False
     """Whether the job is accepted without calling its reward services first."""
+    auto_start: bool = Field(True, exclude_if=lambda value: value is True)
+    """Whether the job is queued at once. If false, it is ``paused`` until a request starts it."""
     hyperparameters: Annotated[None, BeforeValidator(_refuse_top_level)] = None
     """Must be null: hyperparameters are in ``method.dar.hyperparameters``."""
     integrations: Annotated[None, only(None)] = None

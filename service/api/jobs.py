@@ -1,17 +1,16 @@
 """Jobs: submit, read, cancel, pause, stop, resume, delete."""
 
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Response
 
-from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Deleted, Page
 from dar.protocol.jobs import Job, JobError, Progress
-from dar.protocol.spec import MAX_LABELS, JobSpec
-from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.spec import JobSpec
+from dar.protocol.status import TERMINAL
+from service.api.job_filters import WantedJobs
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
 from service.http.auth import Reader, Submitter
@@ -32,7 +31,6 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "cancelled": ["resume"],
 }
 """Status -> requests that the job accepts."""
-_LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX_COUNT)]
@@ -64,17 +62,15 @@ async def create_job(
 
 @router.get("")
 def list_jobs(
-    request: Request,
-    runtime: CurrentRuntime,
-    user: Reader,
-    cursor: PageCursor,
-    status: Annotated[JobStatus | None, Query()] = None,
-    _metadata: Annotated[str | None, Query(alias="metadata", description="See above.")] = None,
+    runtime: CurrentRuntime, user: Reader, cursor: PageCursor, wanted: WantedJobs
 ) -> Page[Job]:
-    """The project's jobs, newest first; ``metadata[key]=value`` filters by label."""
-    labels = _labels(request)
+    """The project's jobs, newest first; ``metadata[key]=value`` filters by label.
+
+    All filters must match. A page is stable while jobs are submitted: it starts after or before a
+    job, not at a number.
+    """
     with runtime.database.read() as transaction:
-        found = jobs.list_page(transaction, user.project_id, cursor, status=status, labels=labels)
+        found = jobs.list_page(transaction, user.project_id, cursor, wanted)
     return envelope(found, show, lambda job: job.id)
 
 
@@ -99,6 +95,16 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Pause a job: at once if it waits; if it runs, after a checkpoint of its current step."""
     with runtime.database.write() as transaction:
         job = jobs.pause(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
+@router.post("/{job_id}/start", responses=errors.may_answer(409))
+def start_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Queue a job that was submitted with ``auto_start: false``."""
+    with runtime.database.write() as transaction:
+        job = jobs.start(transaction, user.project_id, job_id)
+        transaction.after_commit(runtime.waker.wake)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
     return show(job)
 
@@ -172,6 +178,7 @@ def show(job: tables.JobRow) -> Job:
             "forecast": job.forecast,
             "actions": _actions(job),
             "is_stoppable": _is_stoppable(job),
+            "is_startable": job.status == "paused" and job.attempt == 0,
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }
     )
@@ -210,21 +217,3 @@ def _estimated_finish(job: tables.JobRow) -> int | None:
     elapsed = max(datetime.now(UTC) - job.started_at, timedelta(0))
     left: timedelta = elapsed / job.step * (job.total_steps - job.step)
     return seconds(datetime.now(UTC) + left)
-
-
-def _labels(request: Request) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if (match := _LABEL.fullmatch(name)) is not None:
-            labels[match[1]] = value
-        elif name.startswith("metadata[") or (name == "metadata" and value != "null"):
-            raise InvalidRequestError(
-                f"{name}: filter by one label as metadata[key]=value", param=name
-            )
-    if len(labels) > MAX_LABELS:
-        raise InvalidRequestError(
-            f"metadata: {len(labels)} labels, but a job has at most {MAX_LABELS}; leave some out",
-            param="metadata",
-            code="too_many_keys",
-        )
-    return labels

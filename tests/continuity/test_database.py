@@ -28,6 +28,7 @@ ADDED = {
         "failures",
         "forecast",
         "hyperparameters",
+        "is_startable",
         "is_stoppable",
         "method",
         "progress.calibration_completions",
