@@ -18,6 +18,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
+from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
@@ -71,13 +72,28 @@ class Jobs:
             InvalidRequestError: The spec is invalid; ``param`` and ``problems`` say where.
             IdempotencyMismatchError: The key was used with another spec.
         """
-        given = (
-            spec.model_dump(mode="json", exclude_unset=True)
-            if isinstance(spec, JobSpec)
-            else mapping("spec", spec or {})
-        )
         headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
-        return self._transport.post(PATH, Job, body={**given, **fields}, headers=headers)
+        return self._transport.post(PATH, Job, body=_body(spec, fields), headers=headers)
+
+    def validate(
+        self, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
+    ) -> JobValidation:
+        """Check a job without submitting it, with a short probe of its reward services.
+
+            report = client.jobs.validate(spec)
+            assert report.allowed_to_proceed, report.problems
+
+        Args:
+            spec: The whole spec. Fields given by name replace its fields.
+            **fields: Fields of the spec.
+
+        Returns:
+            All problems at once, the resolved spec, and what the job would take.
+
+        Raises:
+            InvalidRequestError: It is no spec at all: a field is unknown or has a wrong type.
+        """
+        return self._transport.post(f"{PATH}/validate", JobValidation, body=_body(spec, fields))
 
     def retrieve(self, job_id: str | HasId) -> Job:
         """The current state of a job."""
@@ -374,6 +390,15 @@ class Jobs:
         """
         params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+
+def _body(spec: JobSpec | Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any]:
+    given = (
+        spec.model_dump(mode="json", exclude_unset=True)
+        if isinstance(spec, JobSpec)
+        else mapping("spec", spec or {})
+    )
+    return {**given, **fields}
 
 
 def needs_user(job: Job) -> bool:

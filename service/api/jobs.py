@@ -1,12 +1,13 @@
 """Jobs: submit, read, cancel, pause, stop, resume, delete."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Response
 
 from dar.protocol.base import MAX_COUNT, Deleted, Page
+from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL
@@ -15,9 +16,9 @@ from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
 from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
-from service.jobs import submission
+from service.jobs import submission, validation
 from service.runtime import CurrentRuntime
-from service.store import deletion, jobs, tables
+from service.store import deletion, jobs, pace, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
@@ -58,6 +59,16 @@ async def create_job(
     if submitted.replay is not None:
         response.headers["idempotency-replayed"] = submitted.replay
     return show(submitted.job)
+
+
+@router.post("/validate", openapi_extra=schema_of(JobSpec))
+async def validate_job(runtime: CurrentRuntime, user: Submitter, spec: Spec) -> JobValidation:
+    """Check a job without submitting it, with a short probe of its reward services.
+
+    The answer has every problem that a submission would be refused for, the resolved spec, and what
+    the job would take. A body that is no spec at all is a 400, as at a submission.
+    """
+    return await validation.validate(runtime, user, spec)
 
 
 @router.get("")
@@ -212,8 +223,5 @@ def _progress(job: tables.JobRow) -> Progress:
 
 
 def _estimated_finish(job: tables.JobRow) -> int | None:
-    if job.status != "running" or job.started_at is None or job.step == 0:
-        return None
-    elapsed = max(datetime.now(UTC) - job.started_at, timedelta(0))
-    left: timedelta = elapsed / job.step * (job.total_steps - job.step)
-    return seconds(datetime.now(UTC) + left)
+    found = pace.estimated_finish(job, datetime.now(UTC))
+    return None if found is None else int(found)

@@ -92,7 +92,7 @@ class Plan:
     @property
     def file_ids(self) -> set[str]:
         spec = self.submission.spec
-        training_file = "" if _is_on_hub(spec) else spec.training_file
+        training_file = "" if is_on_hub(spec) else spec.training_file
         return {one for one in (training_file, spec.validation_file) if one}
 
     @property
@@ -171,7 +171,7 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
         return earlier
     with runtime.database.read() as transaction:
         resolved = endpoints.resolve(transaction, submission.user.project_id, submission.spec)
-        probes = list(_probes(transaction, runtime, submission, resolved))
+        probes = list(probes_of(transaction, runtime, submission, resolved))
         drafted = _draft(transaction, runtime, submission, resolved)
     plan = _complete(runtime, drafted)
     fresh = [one for one in probes if not runtime.passed_probes.has(one.key)]
@@ -181,9 +181,9 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
         if one not in fresh
         for notice in runtime.passed_probes.notices(one.key)
     ]
-    example = _example(runtime, submission.spec) if fresh else None
+    example = example_of(runtime, submission.spec) if fresh else None
     probes = [
-        replace(one, target=replace(one.target, example=example))
+        probing.with_example(one, example)
         for one in fresh
         if runtime.submission_probes.try_take(submission.user.key_id)
     ]
@@ -296,7 +296,7 @@ def _earlier(
     return Submitted(job, "true")
 
 
-def _probes(
+def probes_of(
     transaction: Transaction,
     runtime: Runtime,
     submission: Submission,
@@ -323,9 +323,9 @@ def _probes(
         yield probing.ComponentProbe(path, target, access.revision)
 
 
-def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
+def example_of(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
     """The first prompt of the job: a reward service may need its columns."""
-    file = None if _is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
+    file = None if is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
     return next(iter(first_prompts(file, 1)), None)
 
 
@@ -336,33 +336,64 @@ def _draft(
     resolved: endpoints.ResolvedSpec,
 ) -> Draft:
     """Check a submission against everything but the files of its models."""
-    settings = runtime.settings
+    check_settings(runtime, submission, resolved)
+    data = check_data(transaction, runtime, submission)
+    model, installed = find_model(transaction, runtime, submission)
+    return Draft(Plan(submission, resolved, model, data.num_rows), data, installed)
+
+
+def check_settings(
+    runtime: Runtime, submission: Submission, resolved: endpoints.ResolvedSpec
+) -> None:
+    """Check what needs neither data nor models.
+
+    Raises:
+        InvalidRequestError: A setting or a reward cannot be used.
+    """
     if problems := spec_checks.problems_of(submission.spec):
         raise errors.invalid(problems)
     rewards = resolved.spec.dar.rewards
     if rewards is not None:
         if problems := check_rewards(rewards):
             raise errors.invalid(problems)
-        models.check_reward_models(settings, rewards)
-    data = _check_files(transaction, settings.hub_datasets, submission)
+        models.check_reward_models(runtime.settings, rewards)
+
+
+def check_data(transaction: Transaction, runtime: Runtime, submission: Submission) -> CheckedData:
+    """Check the files of a job, and keep them until the transaction ends.
+
+    Raises:
+        InvalidRequestError: A file is not there, or its rows do not fit the job.
+    """
+    data = _check_files(transaction, runtime.settings.hub_datasets, submission)
     if problems := spec_checks.length_problems(submission.spec, data.num_rows):
         raise errors.invalid(problems)
+    return data
+
+
+def find_model(
+    transaction: Transaction, runtime: Runtime, submission: Submission
+) -> tuple[models.ResolvedModel, model_checks.ModelFiles | None]:
+    """The model that a job trains, and its files; None for a hub model.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+    """
     project_id, name = submission.user.project_id, submission.spec.model
-    model = models.resolve(transaction, settings, project_id, name)
-    installed = models.files_of(transaction, runtime, name, model.source)
-    return Draft(Plan(submission, resolved, model, data.num_rows), data, installed)
+    model = models.resolve(transaction, runtime.settings, project_id, name)
+    return model, models.files_of(transaction, runtime, name, model.source)
 
 
 def _complete(runtime: Runtime, draft: Draft) -> Plan:
     """Check the files of the models, outside of a transaction: a bucket may take its time."""
     spec = draft.plan.submission.spec
-    if problems := _model_problems(runtime, spec, draft.files, draft.data):
+    if problems := model_problems(runtime, spec, draft.files, draft.data):
         raise errors.invalid(problems)
     memory = None if draft.files is None else least_memory(spec.dar, draft.files)
     return replace(draft.plan, memory=memory)
 
 
-def _model_problems(
+def model_problems(
     runtime: Runtime, spec: JobSpec, model: model_checks.ModelFiles | None, data: CheckedData
 ) -> list[Problem]:
     """What the files of the job's models rule out. A hub model's are known to the worker alone."""
@@ -394,7 +425,7 @@ def _check_files(
     problems: list[Problem] = []
     num_rows: int | None = None
     chat_rows: dict[str, int | None] = {}
-    if _is_on_hub(spec):
+    if is_on_hub(spec):
         _check_hub_data(hub_datasets, spec)
     else:
         file = _file(transaction, submission, "training_file", spec.training_file)
@@ -419,7 +450,7 @@ def _file(transaction: Transaction, submission: Submission, param: str, file_id:
         ) from None
 
 
-def _is_on_hub(spec: JobSpec) -> bool:
+def is_on_hub(spec: JobSpec) -> bool:
     return spec.training_file.startswith(SCHEME)
 
 
@@ -457,7 +488,7 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         model=spec.model,
         model_source=plan.model.source.model_dump(),
         model_name=_result_name(spec.model, spec.suffix, job_id),
-        training_file="" if _is_on_hub(spec) else spec.training_file,
+        training_file="" if is_on_hub(spec) else spec.training_file,
         spec=plan.resolved.spec.model_dump(mode="json", exclude={"auto_start"}),
         labels=spec.metadata,
         suffix=spec.suffix,

@@ -17,6 +17,7 @@ workers: who workers are, whether they can run jobs, and what an operator has or
 poison: when a job is given up, because its attempts fail by its own fault.
 stops: jobs that end early, by request or at a limit, with the model that they have.
 rows: rows that a trainer sends, each stored once; progress of the job.
+pace: how fast the steps of a job are, and when it will end.
 rewinds: which rows of an attempt are not the job's, as it went on or ended at an earlier step.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 best_checkpoint: which checkpoint of a job is the best, and which its result.

@@ -1,5 +1,6 @@
 """The examples about jobs in docs/api.md run, with a model and a reward service of this machine."""
 
+import json
 import os
 import re
 import subprocess
@@ -43,7 +44,9 @@ def test_the_examples_about_jobs_run(
 
 
 def run_shell(text: str, live: Live, names: dict[str, Any]) -> None:
-    variables = {"DAR_URL": live.url, "DAR_API_KEY": live.key("api_key"), "JOB": names["job"].id}
+    Path("spec.json").write_text(json.dumps(names["spec"]))
+    job_id = names["job"].id if "job" in names else ""
+    variables = {"DAR_URL": live.url, "DAR_API_KEY": live.key("api_key"), "JOB": job_id}
     done = subprocess.run(
         ["bash", "-ec", text.replace("curl -s", "curl -sS --fail-with-body")],
         env={"PATH": os.defpath, **variables},
