@@ -18,6 +18,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
+from dar.protocol.job_config import JobConfig
 from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
@@ -140,6 +141,79 @@ class Jobs:
             **labels,
         }
         return Listing(self._transport, PATH, Page[Job], params)
+
+    def config(self, job_id: str | HasId) -> JobConfig:
+        """What a job is made of: its resolved spec, and hashes of code, data and model."""
+        return self._transport.get(f"{_path(job_id)}/config", JobConfig)
+
+    def fork(
+        self,
+        job_id: str | HasId,
+        *,
+        checkpoint: str = "latest",
+        changes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Submit a job that starts from a checkpoint of another one, with changed settings.
+
+            slower = {"method": {"dar": {"hyperparameters": {"learning_rate": 1e-6}}}}
+            job = client.jobs.fork(job.id, checkpoint="best", changes=slower)
+
+        It begins at step 0 with these weights, a new optimizer, and the checkpoint as reference.
+
+        Args:
+            job_id: The job, in any status.
+            checkpoint: Id of one of its checkpoints, ``latest``, ``best``, or ``start``: the model
+                that it has started from itself.
+            changes: What differs from its spec, in the same form; None as a value resets a field.
+            idempotency_key: As for `create`.
+
+        Raises:
+            ConflictError: The job has no such checkpoint yet.
+            InvalidRequestError: The changed spec cannot be used.
+        """
+        body = {"checkpoint": checkpoint, "changes": mapping("changes", changes or {})}
+        headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
+        return self._transport.post(f"{_path(job_id)}/fork", Job, body=body, headers=headers)
+
+    def rerun(self, job_id: str | HasId, *, idempotency_key: str | None = None) -> Job:
+        """Submit an ended job once more, with the same spec, seed and model, as a new job.
+
+        Args:
+            job_id: The job; it stays as it is, with its attempts.
+            idempotency_key: As for `create`.
+
+        Raises:
+            ConflictError: The job has not ended.
+        """
+        headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
+        return self._transport.post(f"{_path(job_id)}/rerun", Job, headers=headers)
+
+    def update(
+        self,
+        job_id: str | HasId,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        if_match: str | None = None,
+    ) -> Job:
+        """Change the labels of a job, or the limits of one that has not ended.
+
+        Args:
+            job_id: The job.
+            metadata: All labels; they replace those that it has. None: they stay.
+            limits: Limits to set, like ``{"max_seconds": 3600}``; those left out stay.
+            if_match: ``etag`` of the job as you know it: the job is changed only if nobody else
+                has changed its labels or limits since then.
+
+        Raises:
+            PreconditionFailedError: The job has another ``etag``.
+            ConflictError: Limits of a job that has ended.
+        """
+        given = {"metadata": metadata, "limits": limits}
+        body = {name: mapping(name, one) for name, one in given.items() if one is not None}
+        headers = None if if_match is None else {"if-match": if_match}
+        return self._transport.patch(_path(job_id), Job, body=body, headers=headers)
 
     def cancel(self, job_id: str | HasId) -> Job:
         """Cancel a job; its checkpoints are kept. Cancelling it again is no error.

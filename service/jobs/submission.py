@@ -4,7 +4,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,13 +23,14 @@ from dar.protocol import spec_checks
 from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
+from dar.protocol.job_config import JobOrigin
 from dar.protocol.reward_spec import with_retired_fields
 from dar.protocol.spec import Hyperparameters, JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from service.http import errors
 from service.http.auth import User
-from service.jobs import datasets, model_checks, models
+from service.jobs import datasets, ingredients, model_checks, models
 from service.jobs.memory import Memory, least_memory
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
@@ -63,6 +64,8 @@ class Submission:
     body_sha256: str
     idempotency_key: str | None
     retry_count: int
+    origin: JobOrigin | None = None
+    """The job that this one is made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,10 @@ class Plan:
     """Warnings of these probes, or of earlier ones of the same services."""
     memory: Memory | None = None
     """The least memory of its trainer; None: not known."""
+    file_sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests of its files, by the name of their field."""
+    model_sha256: str | None = None
+    """See `service.jobs.ingredients.of_model`."""
 
     @property
     def file_ids(self) -> set[str]:
@@ -109,6 +116,8 @@ class CheckedData:
     """Rows of the training file; None for a hub data set."""
     chat_rows: Mapping[str, int | None]
     """The first row with a conversation in each uploaded file; None: no such row."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the uploaded files, by the name of their field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,15 @@ class Draft:
     data: CheckedData
     files: model_checks.ModelFiles | None
     """Of the model that is trained; None for a hub model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A request for a job that is made from another one."""
+
+    origin: JobOrigin
+    body_sha256: str
+    """Digest of the request: what it means may change, as a job gets further checkpoints."""
 
 
 class _StalePlanError(Exception):
@@ -144,16 +162,32 @@ def body_digest(spec: JobSpec) -> str:
 
 
 async def submit(
-    runtime: Runtime, user: User, spec: JobSpec, *, idempotency_key: str | None, retry_count: int
+    runtime: Runtime,
+    user: User,
+    spec: JobSpec,
+    *,
+    idempotency_key: str | None,
+    retry_count: int,
+    copy: Copy | None = None,
 ) -> Submitted:
     """Store a job, or return the one that an earlier request with the same content has stored.
+
+    Args:
+        runtime: Of the service.
+        user: Who submits it.
+        spec: Of the job.
+        idempotency_key: Of the request.
+        retry_count: Of the request.
+        copy: The job that it is made from; None: it is a new one.
 
     Raises:
         InvalidRequestError: The spec, a file, an endpoint or a reward service cannot be used.
         ModelNotFoundError: A model does not exist or is not allowed.
         IdempotencyMismatchError: The key was used with another body.
     """
-    submission = Submission(spec, user, body_digest(spec), idempotency_key, retry_count)
+    digest = body_digest(spec) if copy is None else copy.body_sha256
+    origin = None if copy is None else copy.origin
+    submission = Submission(spec, user, digest, idempotency_key, retry_count, origin)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -339,7 +373,8 @@ def _draft(
     check_settings(runtime, submission, resolved)
     data = check_data(transaction, runtime, submission)
     model, installed = find_model(transaction, runtime, submission)
-    return Draft(Plan(submission, resolved, model, data.num_rows), data, installed)
+    plan = Plan(submission, resolved, model, data.num_rows, file_sha256=data.sha256)
+    return Draft(plan, data, installed)
 
 
 def check_settings(
@@ -390,7 +425,7 @@ def _complete(runtime: Runtime, draft: Draft) -> Plan:
     if problems := model_problems(runtime, spec, draft.files, draft.data):
         raise errors.invalid(problems)
     memory = None if draft.files is None else least_memory(spec.dar, draft.files)
-    return replace(draft.plan, memory=memory)
+    return replace(draft.plan, memory=memory, model_sha256=ingredients.of_model(draft.files))
 
 
 def model_problems(
@@ -425,20 +460,23 @@ def _check_files(
     problems: list[Problem] = []
     num_rows: int | None = None
     chat_rows: dict[str, int | None] = {}
+    sha256: dict[str, str] = {}
     if is_on_hub(spec):
         _check_hub_data(hub_datasets, spec)
     else:
         file = _file(transaction, submission, "training_file", spec.training_file)
         problems += datasets.check_for(spec, file.columns)
         num_rows = file.num_rows
+        sha256["training_file"] = file.sha256
         chat_rows["training_file"] = datasets.first_chat(file.columns)
     if spec.validation_file is not None:
         file = _file(transaction, submission, "validation_file", spec.validation_file)
         problems += datasets.check_for(spec, file.columns, "validation_file")
+        sha256["validation_file"] = file.sha256
         chat_rows["validation_file"] = datasets.first_chat(file.columns)
     if problems:
         raise errors.invalid(problems)
-    return CheckedData(num_rows, chat_rows)
+    return CheckedData(num_rows, chat_rows, sha256)
 
 
 def _file(transaction: Transaction, submission: Submission, param: str, file_id: str) -> FileRow:
@@ -477,7 +515,7 @@ def _check_hub_data(patterns: Sequence[str], spec: JobSpec) -> None:
 def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
     submission = plan.submission
     spec, job_id = submission.spec, new_id("ftjob-")
-    return JobRow(
+    job = JobRow(
         id=job_id,
         project_id=submission.user.project_id,
         api_key_id=submission.user.key_id,
@@ -504,7 +542,11 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
         retry_count=submission.retry_count,
+        origin=None if submission.origin is None else submission.origin.model_dump(),
     )
+    made = ingredients.of_job(transaction, job, plan.file_sha256, plan.model_sha256)
+    job.ingredients = made.model_dump()
+    return job
 
 
 def _result_name(model: str, suffix: str | None, job_id: str) -> str:

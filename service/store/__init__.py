@@ -10,6 +10,7 @@ transitions: the states of a job and all moves between them.
 fence: checks that an attempt still runs its job; rejects writes of earlier attempts.
 jobs: submission, reading, cancelling, pausing and resuming.
 job_filters: which jobs a list shows.
+job_changes: labels and limits that a user changes.
 submission_claims: submissions without a key, so that a try and its retries make one job.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
