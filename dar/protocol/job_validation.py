@@ -19,7 +19,7 @@ class DataFacts(Output):
     """Rows of the validation file; null: there is none."""
 
 
-class RewardCheck(Output):
+class ComponentCheck(Output):
     """A short probe of a reward service, with the first prompt of the job."""
 
     component: str
@@ -62,7 +62,7 @@ class JobEstimate(Output):
     reward_calls: int | None
     """Requests to reward services without repeated ones; null: no rewards."""
     seconds: float | None
-    """Running time; null: no earlier job of this project tells how fast the model is trained."""
+    """Running time; null: no earlier job of this project has trained this model."""
     message: str
     """How the time was estimated, or why it is not known."""
 
@@ -81,7 +81,7 @@ class JobValidation(Output):
     method: dict[str, Any]
     """The resolved spec, with all defaults and the fields of registered reward endpoints."""
     data: DataFacts
-    rewards: list[RewardCheck]
+    rewards: list[ComponentCheck]
     memory: MemoryFit
     estimate: JobEstimate | None
     """null: the number of steps is not known, as the data cannot be used."""

@@ -2,7 +2,7 @@
 
 `service.jobs.memory` has what it holds all the time. On top comes the larger of two: the tensors
 that the backward pass over the largest batch of completions needs, and the cache of the sampler.
-The bounds of a batch are those of the trainer, which has no way to tell them to the service.
+The bounds of a batch are the same as in the trainer, which imports torch and is not imported here.
 """
 
 from collections.abc import Mapping

@@ -13,11 +13,11 @@ from starlette.concurrency import run_in_threadpool
 from dar.errors import InvalidRequestError, NotFoundError, Problem, SecretUnreadableError
 from dar.protocol.base import ErrorProblem
 from dar.protocol.job_validation import (
+    ComponentCheck,
     DataFacts,
     JobEstimate,
     JobValidation,
     MemoryFit,
-    RewardCheck,
 )
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.spec import JobSpec
@@ -165,7 +165,7 @@ def report(found: Findings, reports: Sequence[ProbeReport]) -> JobValidation:
         ]
         checks.append(_check_of(one, probed, is_refused=bool(lasting)))
     checks += [
-        RewardCheck(
+        ComponentCheck(
             component=name,
             param=endpoints.COMPONENTS,
             status="skipped",
@@ -189,9 +189,11 @@ def report(found: Findings, reports: Sequence[ProbeReport]) -> JobValidation:
     )
 
 
-def _check_of(one: probing.ComponentProbe, probed: ProbeReport, *, is_refused: bool) -> RewardCheck:
+def _check_of(
+    one: probing.ComponentProbe, probed: ProbeReport, *, is_refused: bool
+) -> ComponentCheck:
     first = next(iter(probed.errors), None)
-    return RewardCheck(
+    return ComponentCheck(
         component=one.target.component.name,
         param=one.param,
         status="failed" if is_refused else "waiting" if first else "ok",
@@ -212,7 +214,7 @@ def _data_of(found: Findings) -> DataFacts:
 
 
 def memory_of(found: Findings) -> MemoryFit:
-    """What the trainer needs, and whether a worker has it."""
+    """What the trainer needs, and whether a worker has as much free."""
     spec, model, file = found.spec.dar, found.model, found.file
     if model is None:
         why = HUB_MODEL if "/" in found.spec.model else NO_SIZES

@@ -51,7 +51,7 @@ def after(
         seconds = earlier if measured is None or measured <= 0 else measured
         before = {"attempt": attempt, "step": first.step, "at": first.at, "seconds": seconds}
     steps, passed = last.step - before["step"], last.at - before["at"]
-    if steps > 0 and passed > 0:  # a clock that was set back tells nothing
+    if steps > 0 and passed > 0:  # unless a clock was set back
         return {**before, "seconds": passed / steps}
     return before
 
