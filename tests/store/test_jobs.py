@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from dar.errors import InvalidRequestError, NotFoundError
+from dar.errors import InvalidRequestError, NotFoundError, PreconditionFailedError
+from dar.protocol.job_config import UpdateJob
 from fakes.world import World
-from service.store import jobs
+from service.store import job_changes, jobs
 from service.store.job_filters import JobFilter
 from service.store.paging import Cursor
-from service.store.tables import ProjectRow
+from service.store.tables import JobRow, ProjectRow
 
 
 def ids(world: World, cursor: Cursor, **wanted: Any) -> tuple[list[str], bool]:
@@ -77,6 +78,26 @@ def test_a_page_follows_a_job_that_matches_no_longer(world: World) -> None:
         jobs.cancel(transaction, world.project_id, made[1])
     assert ids(world, Cursor(after=made[1]), status="queued") == ([made[0]], False)
     assert ids(world, Cursor(before=made[1]), status="queued") == ([made[2]], False)
+
+
+def test_labels_and_limits_change_only_for_who_knows_them(world: World) -> None:
+    held = world.running(labels={"team": "a"})
+    job_id, tag = held.job.id, job_changes.etag_of(held.job)
+
+    def change(if_match: str | None, **values: Any) -> JobRow:
+        wanted = UpdateJob.model_validate(values)
+        with world.database.write() as transaction:
+            return job_changes.update_job(transaction, world.project_id, job_id, wanted, if_match)
+
+    changed = change(tag, metadata={"team": "b"}, limits={"max_reward_calls": 5})
+    assert (changed.labels, changed.parsed_spec.dar.limits.max_reward_calls) == ({"team": "b"}, 5)
+    with pytest.raises(PreconditionFailedError):
+        change(tag, metadata=None)
+    assert change("*", metadata=None).labels is None
+    before = len(world.events(job_id))
+    change(None, metadata=None)
+    assert len(world.events(job_id)) == before  # nothing has changed
+    assert ids(world, Cursor(), labels={"team": None}) == ([], False)
 
 
 def test_a_job_of_another_project_is_not_there(world: World) -> None:
