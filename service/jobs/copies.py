@@ -30,7 +30,7 @@ EXCLUSIVE = (("max_steps", "n_epochs"), ("kl_budget", *CHOSEN))
 
 
 def rerun(runtime: Runtime, user: User, job_id: str) -> tuple[JobSpec, Copy]:
-    """The same job again: its spec, seed and model.
+    """The same job again: its spec, seed and model, at the same commits of a hub.
 
     Raises:
         NotFoundError: The project has no such job.
@@ -44,8 +44,9 @@ def rerun(runtime: Runtime, user: User, job_id: str) -> tuple[JobSpec, Copy]:
                 "another one from the same spec now, fork it from its start"
             )
         spec = JobSpec.model_validate_json(orjson.dumps(config_of(job).spec))
+        revisions = job.model_source.get("revisions") or {}
     origin = JobOrigin(kind="rerun", job_id=job_id, checkpoint_id=None, step=None)
-    return spec, Copy(origin, _digest(["rerun", job_id]))
+    return spec, Copy(origin, _digest(["rerun", job_id]), revisions)
 
 
 def fork(runtime: Runtime, user: User, job_id: str, wanted: ForkJob) -> tuple[JobSpec, Copy]:

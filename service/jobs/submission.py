@@ -26,6 +26,7 @@ from dar.protocol.ids import new_id
 from dar.protocol.job_config import JobOrigin
 from dar.protocol.reward_spec import with_retired_fields
 from dar.protocol.spec import Hyperparameters, JobSpec, total_steps
+from dar.protocol.worker import ModelSource
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from service.http import errors
@@ -56,6 +57,17 @@ EARLIER_STRENGTHS = {name: Hyperparameters.model_fields[name].default for name i
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A request for a job that is made from another one."""
+
+    origin: JobOrigin
+    body_sha256: str
+    """Digest of the request: what it means may change, as a job gets further checkpoints."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Commits of hub models that it is to have, by hub id."""
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """A job spec, and what identifies a repetition of an earlier request."""
 
@@ -64,8 +76,8 @@ class Submission:
     body_sha256: str
     idempotency_key: str | None
     retry_count: int
-    origin: JobOrigin | None = None
-    """The job that this one is made from."""
+    copy: Copy | None = None
+    """How it is made from another job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +142,6 @@ class Draft:
     """Of the model that is trained; None for a hub model."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A request for a job that is made from another one."""
-
-    origin: JobOrigin
-    body_sha256: str
-    """Digest of the request: what it means may change, as a job gets further checkpoints."""
-
-
 class _StalePlanError(Exception):
     """Something that a job needs has changed since its plan was made."""
 
@@ -186,8 +189,7 @@ async def submit(
         IdempotencyMismatchError: The key was used with another body.
     """
     digest = body_digest(spec) if copy is None else copy.body_sha256
-    origin = None if copy is None else copy.origin
-    submission = Submission(spec, user, digest, idempotency_key, retry_count, origin)
+    submission = Submission(spec, user, digest, idempotency_key, retry_count, copy)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -524,7 +526,7 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         status_detail=None if spec.auto_start else "by_user",
         status_message="waiting for a worker" if spec.auto_start else jobs.NOT_STARTED,
         model=spec.model,
-        model_source=plan.model.source.model_dump(),
+        model_source=_source_of(plan).model_dump(),
         model_name=_result_name(spec.model, spec.suffix, job_id),
         training_file="" if is_on_hub(spec) else spec.training_file,
         spec=plan.resolved.spec.model_dump(mode="json", exclude={"auto_start"}),
@@ -542,11 +544,19 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
         retry_count=submission.retry_count,
-        origin=None if submission.origin is None else submission.origin.model_dump(),
+        origin=None if submission.copy is None else submission.copy.origin.model_dump(),
     )
     made = ingredients.of_job(transaction, job, plan.file_sha256, plan.model_sha256)
     job.ingredients = made.model_dump()
     return job
+
+
+def _source_of(plan: Plan) -> ModelSource:
+    """Where the weights come from; a job that is run again has the commits that it had before."""
+    source, copy = plan.model.source, plan.submission.copy
+    if copy is None or not copy.revisions:
+        return source
+    return source.model_copy(update={"revisions": dict(copy.revisions)})
 
 
 def _result_name(model: str, suffix: str | None, job_id: str) -> str:

@@ -34,15 +34,17 @@ class KnownPace:
 
 
 def after(
-    before: dict[str, Any] | None, attempt: int, rows: Sequence[MetricsRow]
-) -> dict[str, Any] | None:
+    before: dict[str, Any] | None, attempt: int, rows: Sequence[MetricsRow], now: datetime
+) -> dict[str, Any]:
     """The pace of a job with further steps.
 
     Args:
         before: Its pace before them: the ``attempt``, the first ``step`` of it that was reported,
-            the time ``at`` which that was, and the ``seconds`` of a step; None: not known yet.
+            the time ``at`` which that was by the worker's clock, the ``seconds`` of a step, and
+            when its newest step was ``reported``; None: not known yet.
         attempt: Number of the attempt.
         rows: Its steps, in order; at least one.
+        now: When they are reported.
     """
     first, last = rows[0], rows[-1]
     if before is None or before["attempt"] != attempt:
@@ -52,8 +54,8 @@ def after(
         before = {"attempt": attempt, "step": first.step, "at": first.at, "seconds": seconds}
     steps, passed = last.step - before["step"], last.at - before["at"]
     if steps > 0 and passed > 0:  # unless a clock was set back
-        return {**before, "seconds": passed / steps}
-    return before
+        before = {**before, "seconds": passed / steps}
+    return {**before, "reported": now.timestamp()}
 
 
 def seconds_of(job: JobRow) -> float | None:
@@ -83,8 +85,14 @@ def of_model(transaction: Transaction, project_id: str, model: str) -> KnownPace
 
 
 def estimated_finish(job: JobRow, now: datetime) -> float | None:
-    """When a running job will have done its last step, in seconds since 1970; None: not known."""
+    """When a running job will have done its last step, in seconds since 1970; None: not known.
+
+    It changes with each step and not between two, unless a step takes longer than expected.
+    """
     seconds = seconds_of(job)
-    if job.status != "running" or job.started_at is None or seconds is None:
+    if job.status != "running" or job.pace is None or seconds is None:
         return None
-    return now.timestamp() + seconds * max(job.total_steps - job.step, 0)
+    is_of_attempt = job.pace["attempt"] == job.attempt
+    start = job.pace["reported"] if is_of_attempt else now.timestamp()
+    finish: float = start + seconds * max(job.total_steps - job.step, 0)
+    return max(finish, now.timestamp())

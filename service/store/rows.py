@@ -205,6 +205,6 @@ def _update_job(transaction: Transaction, held: Held, steps: Sequence[MetricsRow
         "step": max(held.job.step, steps[-1].step),
         "tokens": max(held.job.tokens, tokens),
         "reward_waits": 0,
-        "pace": pace.after(held.job.pace, held.attempt.number, steps),
+        "pace": pace.after(held.job.pace, held.attempt.number, steps, transaction.now),
     }
     transaction.execute(update(JobRow).where(JobRow.id == held.job.id).values(values))

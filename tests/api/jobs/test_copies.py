@@ -5,8 +5,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from dar.client import Client
 from fakes.live_service import Live
 
@@ -74,9 +72,11 @@ def test_a_repeated_fork_is_one_job_although_a_checkpoint_came_meanwhile(
     assert error_of(other)["code"] == "idempotency_mismatch"
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
+def test_a_fork_that_cannot_be_is_refused_by_its_place(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    job_id, _ = trained(live, 1)
+    cases: list[tuple[dict[str, Any], int, str | None]] = [
         ({"checkpoint": "ckpt-none"}, 404, None),
         ({"checkpoint": "start", "changes": {"model": "nothing"}}, 400, "model"),
         ({"checkpoint": ""}, 400, "checkpoint"),
@@ -91,24 +91,15 @@ def test_a_repeated_fork_is_one_job_although_a_checkpoint_came_meanwhile(
         ),
         ({"changes": {"training_file": None}}, 400, "changes.training_file"),
         ({"changes": {"training_file": "file-none"}}, 400, "training_file"),
-    ],
-)
-def test_a_fork_that_cannot_be_is_refused_by_its_place(
-    live: Live, error_of: Callable[..., Any], body: dict[str, Any], status: int, param: str | None
-) -> None:
-    job_id, _ = trained(live, 1)
-    answer = live.http.post(f"{PATH}/{job_id}/fork", json=body)
-    assert (answer.status_code, error_of(answer)["param"]) == (status, param)
-
-
-@pytest.mark.parametrize("name", ["latest", "best"])
-def test_a_job_without_a_checkpoint_is_forked_from_its_start_alone(
-    live: Live, error_of: Callable[..., Any], name: str
-) -> None:
+    ]
+    for body, status, param in cases:
+        answer = live.http.post(f"{PATH}/{job_id}/fork", json=body)
+        assert (answer.status_code, error_of(answer)["param"]) == (status, param), body
     job = live.submit()
-    answer = live.http.post(f"{PATH}/{job['id']}/fork", json={"checkpoint": name})
-    assert (answer.status_code, error_of(answer)["code"]) == (409, "invalid_state")
-    assert "fork it from its start" in error_of(answer)["message"]
+    for name in ("latest", "best"):
+        answer = live.http.post(f"{PATH}/{job['id']}/fork", json={"checkpoint": name})
+        assert (answer.status_code, error_of(answer)["code"]) == (409, "invalid_state")
+        assert "fork it from its start" in error_of(answer)["message"]
 
 
 def test_a_rerun_is_the_same_job_again_and_the_first_one_keeps_its_attempts(
@@ -134,6 +125,20 @@ def test_a_rerun_is_the_same_job_again_and_the_first_one_keeps_its_attempts(
     assert live.http.delete(f"/v1/files/{file_id}").status_code == 200
     gone = live.http.post(f"{PATH}/{job_id}/rerun")
     assert (gone.status_code, error_of(gone)["code"]) == (400, "file_not_found")
+
+
+def test_a_rerun_has_the_commit_of_the_hub_model_that_the_first_job_had(
+    serve: Callable[..., Live],
+) -> None:
+    live, commit = serve(hub_models=("team/*",)), "b" * 40
+    job_id, lease = live.running(model="team/policy")
+    assert lease.post("/revisions", revisions={"team/policy": commit}).status_code == 200
+    lease.post("/fail", kind="user", code="training_failed", message="it diverged")
+    again = live.http.post(f"{PATH}/{job_id}/rerun").json()
+    assert live.job(again["id"], "/config")["model_source"]["revisions"] == {"team/policy": commit}
+    claimed = live.claim("1")
+    assert claimed is not None
+    assert claimed.body["model"]["revisions"] == {"team/policy": commit}
 
 
 def test_the_config_of_a_job_makes_the_same_job_and_names_what_it_is_made_of(

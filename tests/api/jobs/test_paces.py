@@ -31,6 +31,8 @@ def test_the_first_estimate_counts_steps_and_not_the_loading_of_the_model(live: 
     first = left(live, job_id)
     assert first is not None
     assert 290 < first <= 301  # three steps are left
+    shown = live.job(job_id)
+    assert live.job(job_id) == shown  # nothing changes between two steps
     lease.say(step(2, 1.7e9 + 40, 40.0))
     second = left(live, job_id)
     assert second is not None

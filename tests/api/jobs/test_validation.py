@@ -81,9 +81,10 @@ def test_all_problems_are_said_at_once_each_with_its_place(
     }
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
+def test_what_a_submission_refuses_may_not_proceed(serve: Callable[..., Live]) -> None:
+    live = serve(hub_models=("Qwen/*",), hub_datasets=("trl-lib/*",))
+    file_id = live.upload().json()["id"]
+    cases: list[dict[str, Any]] = [
         {"model": "../home"},
         {"model": "other/model"},
         {"training_file": "file-none"},
@@ -94,23 +95,20 @@ def test_all_problems_are_said_at_once_each_with_its_place(
         {"dar": {"rewards": {"components": [{"name": "a", "builtin": "nothing"}]}}},
         {"dar": {"rewards": {"components": [{"name": "a", "url": "http://10.0.0.1/score"}]}}},
         {"dar": {"rewards": None}},
-    ],
-)
-def test_what_a_submission_refuses_may_not_proceed(
-    serve: Callable[..., Live], values: dict[str, Any]
-) -> None:
-    live = serve(hub_models=("Qwen/*",), hub_datasets=("trl-lib/*",))
-    spec = live.spec(**values)
-    refused = live.http.post(PATH, json=spec)
-    assert refused.status_code == 400
-    answer = live.http.post(f"{PATH}/validate", json=spec)
-    if answer.status_code == 400:  # no spec at all
-        assert answer.json()["error"]["code"] == refused.json()["error"]["code"]
-        return
-    found = answer.json()
-    assert not found["allowed_to_proceed"]
-    codes = [(one["param"], one["code"]) for one in found["problems"]]
-    assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) in codes
+    ]
+    for values in cases:
+        spec = live.spec(**{"training_file": file_id, **values})
+        refused = live.http.post(PATH, json=spec)
+        assert refused.status_code == 400, values
+        error = refused.json()["error"]
+        answer = live.http.post(f"{PATH}/validate", json=spec)
+        if answer.status_code == 400:  # no spec at all
+            assert answer.json()["error"]["code"] == error["code"]
+            continue
+        found = answer.json()
+        assert not found["allowed_to_proceed"]
+        codes = [(one["param"], one["code"]) for one in found["problems"]]
+        assert (error["param"], error["code"]) in codes
 
 
 def test_a_reward_service_is_refused_waited_for_or_not_called(
