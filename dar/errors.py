@@ -170,6 +170,13 @@ class GoneError(_Rejected, DARError):
     status = 410
 
 
+class PreconditionFailedError(_Rejected, DARError):
+    """The object is no longer the one that ``If-Match`` names. Read it again."""
+
+    code = "precondition_failed"
+    status = 412
+
+
 class InvalidResultError(_Rejected, DARError):
     """A result posted to a callback violates the contract. Correct it and send it again."""
 

@@ -18,6 +18,8 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
+from dar.protocol.job_config import JobConfig
+from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
@@ -71,13 +73,28 @@ class Jobs:
             InvalidRequestError: The spec is invalid; ``param`` and ``problems`` say where.
             IdempotencyMismatchError: The key was used with another spec.
         """
-        given = (
-            spec.model_dump(mode="json", exclude_unset=True)
-            if isinstance(spec, JobSpec)
-            else mapping("spec", spec or {})
-        )
         headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
-        return self._transport.post(PATH, Job, body={**given, **fields}, headers=headers)
+        return self._transport.post(PATH, Job, body=_body(spec, fields), headers=headers)
+
+    def validate(
+        self, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
+    ) -> JobValidation:
+        """Check a job without submitting it, with a short probe of its reward services.
+
+            report = client.jobs.validate(spec)
+            assert report.allowed_to_proceed, report.problems
+
+        Args:
+            spec: The whole spec. Fields given by name replace its fields.
+            **fields: Fields of the spec.
+
+        Returns:
+            All problems at once, the resolved spec, and what the job would take.
+
+        Raises:
+            InvalidRequestError: It is no spec at all: a field is unknown or has a wrong type.
+        """
+        return self._transport.post(f"{PATH}/validate", JobValidation, body=_body(spec, fields))
 
     def retrieve(self, job_id: str | HasId) -> Job:
         """The current state of a job."""
@@ -87,23 +104,116 @@ class Jobs:
         self,
         *,
         status: JobStatus | None = None,
+        model: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        label: str | None = None,
+        created_after: int | None = None,
+        created_before: int | None = None,
+        q: str | None = None,
         order: Order = "desc",
         limit: int = 20,
     ) -> Listing[Job]:
-        """All jobs, newest first.
+        """All jobs that match every filter, newest first.
 
         Args:
             status: Only jobs with this status.
+            model: Only jobs that train this model.
             metadata: Only jobs with these labels.
+            label: ``key=value``, or ``key`` for jobs that have this label, whatever its value.
+            created_after: Only jobs of this second and later, in seconds since 1970.
+            created_before: Only jobs before this second.
+            q: Part of the id, of the name of the model or of the result, or of a label's value.
             order: ``asc``: oldest first.
             limit: Size of a page.
         """
         labels = {
             f"metadata[{key}]": value for key, value in mapping("metadata", metadata or {}).items()
         }
-        params = {"status": status, "order": order, "limit": limit, **labels}
+        params = {
+            "status": status,
+            "model": model,
+            "label": label,
+            "created_after": created_after,
+            "created_before": created_before,
+            "q": q,
+            "order": order,
+            "limit": limit,
+            **labels,
+        }
         return Listing(self._transport, PATH, Page[Job], params)
+
+    def config(self, job_id: str | HasId) -> JobConfig:
+        """What a job is made of: its resolved spec, and hashes of code, data and model."""
+        return self._transport.get(f"{_path(job_id)}/config", JobConfig)
+
+    def fork(
+        self,
+        job_id: str | HasId,
+        *,
+        checkpoint: str = "latest",
+        changes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Submit a job that starts from a checkpoint of another one, with changed settings.
+
+            slower = {"method": {"dar": {"hyperparameters": {"learning_rate": 1e-6}}}}
+            job = client.jobs.fork(job.id, checkpoint="best", changes=slower)
+
+        It begins at step 0 with these weights, a new optimizer, and the checkpoint as reference.
+
+        Args:
+            job_id: The job, in any status.
+            checkpoint: Id of one of its checkpoints, ``latest``, ``best``, or ``start``: the model
+                that it has started from itself.
+            changes: What differs from its spec, in the same form; None as a value resets a field.
+            idempotency_key: As for `create`.
+
+        Raises:
+            ConflictError: The job has no such checkpoint yet.
+            InvalidRequestError: The changed spec cannot be used.
+        """
+        body = {"checkpoint": checkpoint, "changes": mapping("changes", changes or {})}
+        headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
+        return self._transport.post(f"{_path(job_id)}/fork", Job, body=body, headers=headers)
+
+    def rerun(self, job_id: str | HasId, *, idempotency_key: str | None = None) -> Job:
+        """Submit an ended job once more, with the same spec, seed and model, as a new job.
+
+        Args:
+            job_id: The job; it stays as it is, with its attempts.
+            idempotency_key: As for `create`.
+
+        Raises:
+            ConflictError: The job has not ended.
+        """
+        headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
+        return self._transport.post(f"{_path(job_id)}/rerun", Job, headers=headers)
+
+    def update(
+        self,
+        job_id: str | HasId,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        if_match: str | None = None,
+    ) -> Job:
+        """Change the labels of a job, or the limits of one that has not ended.
+
+        Args:
+            job_id: The job.
+            metadata: All labels; they replace those that it has. None: they stay.
+            limits: Limits to set, like ``{"max_seconds": 3600}``; those left out stay.
+            if_match: ``etag`` of the job as you know it: the job is changed only if nobody else
+                has changed its labels or limits since then.
+
+        Raises:
+            PreconditionFailedError: The job has another ``etag``.
+            ConflictError: Limits of a job that has ended.
+        """
+        given = {"metadata": metadata, "limits": limits}
+        body = {name: mapping(name, one) for name, one in given.items() if one is not None}
+        headers = None if if_match is None else {"if-match": if_match}
+        return self._transport.patch(_path(job_id), Job, body=body, headers=headers)
 
     def cancel(self, job_id: str | HasId) -> Job:
         """Cancel a job; its checkpoints are kept. Cancelling it again is no error.
@@ -122,6 +232,14 @@ class Jobs:
             ConflictError: The job has ended or is being cancelled.
         """
         return self._transport.post(f"{_path(job_id)}/pause", Job)
+
+    def start(self, job_id: str | HasId) -> Job:
+        """Queue a job that was submitted with ``auto_start=False``. Starting it again is no error.
+
+        Raises:
+            ConflictError: The job has ended, or is paused after it has run: resume it.
+        """
+        return self._transport.post(f"{_path(job_id)}/start", Job)
 
     def stop(self, job_id: str | HasId) -> Job:
         """End a job successfully with the model that it has so far.
@@ -346,6 +464,15 @@ class Jobs:
         """
         params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+
+def _body(spec: JobSpec | Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any]:
+    given = (
+        spec.model_dump(mode="json", exclude_unset=True)
+        if isinstance(spec, JobSpec)
+        else mapping("spec", spec or {})
+    )
+    return {**given, **fields}
 
 
 def needs_user(job: Job) -> bool:

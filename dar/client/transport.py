@@ -177,8 +177,15 @@ class Transport:
             self.send("POST", path, body=body, upload=upload, headers=headers), answer
         )
 
-    def patch(self, path: str, answer: type[Answer], *, body: object) -> Answer:
-        return self.parse(self.send("PATCH", path, body=body), answer)
+    def patch(
+        self,
+        path: str,
+        answer: type[Answer],
+        *,
+        body: object,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        return self.parse(self.send("PATCH", path, body=body, headers=headers), answer)
 
     def delete(self, path: str, answer: type[Answer]) -> Answer:
         return self.parse(self.send("DELETE", path), answer)

@@ -10,6 +10,8 @@ files: uploaded files.
 graders: graders in the shape of OpenAI.
 health: responses of the health checks.
 jobs: a job as the service returns it.
+job_config: what a job is made of, and requests to copy or change one.
+job_validation: the report of a dry run.
 metrics: all metrics of a job by name, with unit and meaning.
 models: models that a job may start from.
 retention: what would be deleted by age and size.

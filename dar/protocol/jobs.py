@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dar.protocol.base import Output, UnixSeconds
+from dar.protocol.job_config import JobOrigin
 from dar.protocol.status import AttemptStatus, JobStatus, StatusDetail
 from dar.protocol.worker import FailureOwner
 
@@ -95,6 +96,15 @@ class Forecast(Output):
     """Other budgets, as far as the completions suffice."""
 
 
+class JobUsage(Output):
+    """What all attempts of a job have used."""
+
+    tokens: int
+    """Completion tokens trained on up to its present step."""
+    reward_calls: int
+    """Requests to reward services, repeated ones and those of rewound steps included."""
+
+
 class Job(Output):
     """A training job."""
 
@@ -134,10 +144,17 @@ class Job(Output):
     progress: Progress
     forecast: Forecast | None
     """Of a job with a ``kl_budget``, once it has calibrated."""
+    origin: JobOrigin | None = None
+    """The job that this one was made from, by a fork or a rerun."""
+    usage: JobUsage | None = None
+    etag: str | None = None
+    """Of labels and limits, for the header ``If-Match`` of a change."""
     actions: list[Literal["cancel", "pause", "resume"]]
     """Actions that the job allows in its current state."""
     is_stoppable: bool = False
     """Whether the job can be stopped, so that it succeeds with the model that it has so far."""
+    is_startable: bool = False
+    """Whether the job has not run yet and waits until a request starts it; see ``auto_start``."""
     links: dict[str, str]
     """Paths of the job's events, metrics, samples and other resources."""
 

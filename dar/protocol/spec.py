@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
@@ -342,6 +343,21 @@ class Method(Input):
 
 
 MetadataValue = Annotated[str, Field(max_length=512)]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+def _few(metadata: dict[str, str]) -> dict[str, str]:
+    if len(metadata) > MAX_LABELS:
+        raise PydanticCustomError(
+            "too_many_keys",
+            "{count} keys, but at most {most} are allowed",
+            {"count": len(metadata), "most": MAX_LABELS},
+        )
+    return metadata
+
+
+Metadata = Annotated[dict[MetadataKey, MetadataValue], AfterValidator(_few)]
+"""Labels of a job."""
 
 
 def _refuse_top_level(given: object) -> object:
@@ -370,25 +386,16 @@ class JobSpec(Input):
     """Fixes data order and sampling; null: the service draws one and records it."""
     suffix: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
     """Part of the fine-tuned model's name."""
-    metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue] | None = None
+    metadata: Metadata | None = None
     """Up to 16 labels of the user's own."""
     skip_validation: bool = False
     """Whether the job is accepted without calling its reward services first."""
+    auto_start: bool = Field(True, exclude_if=lambda value: value is True)
+    """Whether the job is queued at once. If false, it is ``paused`` until a request starts it."""
     hyperparameters: Annotated[None, BeforeValidator(_refuse_top_level)] = None
     """Must be null: hyperparameters are in ``method.dar.hyperparameters``."""
     integrations: Annotated[None, only(None)] = None
     """Not supported yet: must be null."""
-
-    @field_validator("metadata")
-    @classmethod
-    def _few(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-        if metadata is not None and len(metadata) > MAX_LABELS:
-            raise PydanticCustomError(
-                "too_many_keys",
-                "{count} keys, but at most {most} are allowed",
-                {"count": len(metadata), "most": MAX_LABELS},
-            )
-        return metadata
 
     @model_validator(mode="after")
     def _fit_together(self) -> "JobSpec":

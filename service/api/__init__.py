@@ -1,6 +1,7 @@
 """HTTP routes, one module for each kind of object.
 
 jobs: submit, read, cancel, pause and resume jobs.
+job_filters: query parameters that say which jobs a list shows.
 attempts: attempts of a job, and whose fault each failure was.
 events: events of a job.
 logs: the ends of trainers' logs.

@@ -1,24 +1,26 @@
-"""Jobs: submit, read, cancel, pause, stop, resume, delete."""
+"""Jobs: check, submit, copy, read, change, cancel, pause, stop, resume, delete."""
 
-import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Response
+from starlette.concurrency import run_in_threadpool
 
-from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Deleted, Page
+from dar.protocol.job_config import ForkJob, JobConfig, UpdateJob
+from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Job, JobError, Progress
-from dar.protocol.spec import MAX_LABELS, JobSpec
-from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.spec import JobSpec
+from dar.protocol.status import TERMINAL
+from service.api.job_filters import WantedJobs
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
 from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
-from service.jobs import submission
+from service.jobs import copies, ingredients, submission, validation
 from service.runtime import CurrentRuntime
-from service.store import deletion, jobs, tables
+from service.store import deletion, job_changes, jobs, pace, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
@@ -32,8 +34,10 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "cancelled": ["resume"],
 }
 """Status -> requests that the job accepts."""
-_LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
+Changes = Annotated[UpdateJob, Depends(body_of(UpdateJob))]
+Fork = Annotated[ForkJob, Depends(body_of(ForkJob, is_optional=True))]
+IfMatch = Annotated[str | None, Header(min_length=1, max_length=200)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX_COUNT)]
 
@@ -56,33 +60,111 @@ async def create_job(
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count
     )
-    response.headers["location"] = f"{PATH}/{submitted.job.id}"
-    if submitted.replay is not None:
-        response.headers["idempotency-replayed"] = submitted.replay
-    return show(submitted.job)
+    return _answer(response, submitted)
+
+
+@router.post("/validate", openapi_extra=schema_of(JobSpec))
+async def validate_job(runtime: CurrentRuntime, user: Submitter, spec: Spec) -> JobValidation:
+    """Check a job without submitting it, with a short probe of its reward services.
+
+    The answer has every problem that a submission would be refused for, the resolved spec, and what
+    the job would take. A body that is no spec at all is a 400, as at a submission.
+    """
+    return await validation.validate(runtime, user, spec)
 
 
 @router.get("")
 def list_jobs(
-    request: Request,
-    runtime: CurrentRuntime,
-    user: Reader,
-    cursor: PageCursor,
-    status: Annotated[JobStatus | None, Query()] = None,
-    _metadata: Annotated[str | None, Query(alias="metadata", description="See above.")] = None,
+    runtime: CurrentRuntime, user: Reader, cursor: PageCursor, wanted: WantedJobs
 ) -> Page[Job]:
-    """The project's jobs, newest first; ``metadata[key]=value`` filters by label."""
-    labels = _labels(request)
+    """The project's jobs, newest first; ``metadata[key]=value`` filters by label.
+
+    All filters must match. A page is stable while jobs are submitted: it starts after or before a
+    job, not at a number.
+    """
     with runtime.database.read() as transaction:
-        found = jobs.list_page(transaction, user.project_id, cursor, status=status, labels=labels)
+        found = jobs.list_page(transaction, user.project_id, cursor, wanted)
     return envelope(found, show, lambda job: job.id)
 
 
 @router.get("/{job_id}")
-def get_job(job_id: str, runtime: CurrentRuntime, user: Reader) -> Job:
-    """One job."""
+def get_job(job_id: str, response: Response, runtime: CurrentRuntime, user: Reader) -> Job:
+    """One job. The header ``ETag`` is that of its labels and limits, for ``If-Match``."""
     with runtime.database.read() as transaction:
-        return show(jobs.get(transaction, user.project_id, job_id))
+        job = jobs.get(transaction, user.project_id, job_id)
+    response.headers["etag"] = job_changes.etag_of(job)
+    return show(job)
+
+
+@router.patch(
+    "/{job_id}", openapi_extra=schema_of(UpdateJob), responses=errors.may_answer(409, 412)
+)
+def update_job(
+    job_id: str,
+    response: Response,
+    runtime: CurrentRuntime,
+    user: Submitter,
+    changes: Changes,
+    if_match: IfMatch = None,
+) -> Job:
+    """Change the labels of a job, or the limits of one that has not ended.
+
+    With ``If-Match`` it is changed only if labels and limits are still those of that ``ETag``.
+    """
+    with runtime.database.write() as transaction:
+        job = job_changes.update_job(transaction, user.project_id, job_id, changes, if_match)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    response.headers["etag"] = job_changes.etag_of(job)
+    return show(job)
+
+
+@router.get("/{job_id}/config")
+def get_job_config(job_id: str, runtime: CurrentRuntime, user: Reader) -> JobConfig:
+    """What a job is made of: its resolved spec, and hashes of the code, the data and the model."""
+    with runtime.database.read() as transaction:
+        return ingredients.config_of(jobs.get(transaction, user.project_id, job_id))
+
+
+@router.post("/{job_id}/fork", openapi_extra=schema_of(ForkJob), responses=errors.may_answer(409))
+async def fork_job(
+    job_id: str,
+    response: Response,
+    runtime: CurrentRuntime,
+    user: Submitter,
+    wanted: Fork,
+    idempotency_key: IdempotencyKey = None,
+    retry_count: RetryCount = 0,
+) -> Job:
+    """Submit a job that starts from a checkpoint of another one, with changed settings.
+
+    It begins at step 0 with the weights of the checkpoint, a new optimizer, and the checkpoint as
+    its reference.
+    """
+    spec, copy = await run_in_threadpool(copies.fork, runtime, user, job_id, wanted)
+    submitted = await submission.submit(
+        runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count, copy=copy
+    )
+    return _answer(response, submitted)
+
+
+@router.post("/{job_id}/rerun", responses=errors.may_answer(409))
+async def rerun_job(
+    job_id: str,
+    response: Response,
+    runtime: CurrentRuntime,
+    user: Submitter,
+    idempotency_key: IdempotencyKey = None,
+    retry_count: RetryCount = 0,
+) -> Job:
+    """Submit an ended job once more: the same spec, seed and model.
+
+    The earlier job stays as it is, with its attempts; ``origin`` of the new one names it.
+    """
+    spec, copy = await run_in_threadpool(copies.rerun, runtime, user, job_id)
+    submitted = await submission.submit(
+        runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count, copy=copy
+    )
+    return _answer(response, submitted)
 
 
 @router.post("/{job_id}/cancel", responses=errors.may_answer(409))
@@ -99,6 +181,16 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Pause a job: at once if it waits; if it runs, after a checkpoint of its current step."""
     with runtime.database.write() as transaction:
         job = jobs.pause(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
+@router.post("/{job_id}/start", responses=errors.may_answer(409))
+def start_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Queue a job that was submitted with ``auto_start: false``."""
+    with runtime.database.write() as transaction:
+        job = jobs.start(transaction, user.project_id, job_id)
+        transaction.after_commit(runtime.waker.wake)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
     return show(job)
 
@@ -134,12 +226,19 @@ def delete_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted
     return Deleted(id=job_id, object="fine_tuning.job", deleted=True)
 
 
+def _answer(response: Response, submitted: submission.Submitted) -> Job:
+    response.headers["location"] = f"{PATH}/{submitted.job.id}"
+    if submitted.replay is not None:
+        response.headers["idempotency-replayed"] = submitted.replay
+    return show(submitted.job)
+
+
 def show(job: tables.JobRow) -> Job:
     spec = job.parsed_spec
     method = spec.method.model_dump(mode="json")
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
-    belongings = ("events", "metrics", "samples", "checkpoints")
+    belongings = ("config", "events", "metrics", "samples", "checkpoints")
     return Job.model_validate(
         {
             "id": job.id,
@@ -170,8 +269,12 @@ def show(job: tables.JobRow) -> Job:
             "failures": job.failures or {},
             "progress": _progress(job),
             "forecast": job.forecast,
+            "origin": job.origin,
+            "etag": job_changes.etag_of(job),
+            "usage": {"tokens": job.tokens, "reward_calls": job.reward_calls},
             "actions": _actions(job),
             "is_stoppable": _is_stoppable(job),
+            "is_startable": job.status == "paused" and job.attempt == 0,
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }
     )
@@ -205,26 +308,5 @@ def _progress(job: tables.JobRow) -> Progress:
 
 
 def _estimated_finish(job: tables.JobRow) -> int | None:
-    if job.status != "running" or job.started_at is None or job.step == 0:
-        return None
-    elapsed = max(datetime.now(UTC) - job.started_at, timedelta(0))
-    left: timedelta = elapsed / job.step * (job.total_steps - job.step)
-    return seconds(datetime.now(UTC) + left)
-
-
-def _labels(request: Request) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if (match := _LABEL.fullmatch(name)) is not None:
-            labels[match[1]] = value
-        elif name.startswith("metadata[") or (name == "metadata" and value != "null"):
-            raise InvalidRequestError(
-                f"{name}: filter by one label as metadata[key]=value", param=name
-            )
-    if len(labels) > MAX_LABELS:
-        raise InvalidRequestError(
-            f"metadata: {len(labels)} labels, but a job has at most {MAX_LABELS}; leave some out",
-            param="metadata",
-            code="too_many_keys",
-        )
-    return labels
+    found = pace.estimated_finish(job, datetime.now(UTC))
+    return None if found is None else int(found)

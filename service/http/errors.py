@@ -30,6 +30,7 @@ from dar.errors import (
     NotFoundError,
     PayloadTooLargeError,
     PermissionDeniedError,
+    PreconditionFailedError,
     Problem,
     RangeNotSatisfiableError,
     RateLimitError,
@@ -56,6 +57,7 @@ _DESCRIPTIONS = {
         *(InvalidRequestError, AuthenticationError, PermissionDeniedError, NotFoundError),
         *(RequestTimeoutError, ConflictError, GoneError, PayloadTooLargeError),
         *(UnsupportedMediaTypeError, RangeNotSatisfiableError, InvalidResultError, RateLimitError),
+        PreconditionFailedError,
     )
 }
 _WORDS = {

@@ -92,6 +92,13 @@ class ModelFiles:
         found = self.folder.glob(pattern)
         return sorted(path.relative_to(self.folder).as_posix() for path in found)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of the model, by name; folders in it are left out."""
+        return {name: self._size(name) for name in self.matching("*") if self._is_file(name)}
+
+    def _is_file(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
     def _size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
@@ -166,6 +173,9 @@ class StoredModelFiles(ModelFiles):
         depth = pattern.count("/")
         names = (name for name in self._sizes if name.count("/") == depth)
         return sorted(name for name in names if fnmatchcase(name, pattern))
+
+    def _is_file(self, name: str) -> bool:
+        return name in self._sizes
 
     def _size(self, name: str) -> int:
         if name not in self._sizes:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,13 +23,15 @@ from dar.protocol import spec_checks
 from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
+from dar.protocol.job_config import JobOrigin
 from dar.protocol.reward_spec import with_retired_fields
 from dar.protocol.spec import Hyperparameters, JobSpec, total_steps
+from dar.protocol.worker import ModelSource
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from service.http import errors
 from service.http.auth import User
-from service.jobs import datasets, model_checks, models
+from service.jobs import datasets, ingredients, model_checks, models
 from service.jobs.memory import Memory, least_memory
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
@@ -55,6 +57,17 @@ EARLIER_STRENGTHS = {name: Hyperparameters.model_fields[name].default for name i
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A request for a job that is made from another one."""
+
+    origin: JobOrigin
+    body_sha256: str
+    """Digest of the request: what it means may change, as a job gets further checkpoints."""
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Commits of hub models that it is to have, by hub id."""
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """A job spec, and what identifies a repetition of an earlier request."""
 
@@ -63,6 +76,8 @@ class Submission:
     body_sha256: str
     idempotency_key: str | None
     retry_count: int
+    copy: Copy | None = None
+    """How it is made from another job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +103,15 @@ class Plan:
     """Warnings of these probes, or of earlier ones of the same services."""
     memory: Memory | None = None
     """The least memory of its trainer; None: not known."""
+    file_sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests of its files, by the name of their field."""
+    model_sha256: str | None = None
+    """See `service.jobs.ingredients.of_model`."""
 
     @property
     def file_ids(self) -> set[str]:
         spec = self.submission.spec
-        training_file = "" if _is_on_hub(spec) else spec.training_file
+        training_file = "" if is_on_hub(spec) else spec.training_file
         return {one for one in (training_file, spec.validation_file) if one}
 
     @property
@@ -109,6 +128,8 @@ class CheckedData:
     """Rows of the training file; None for a hub data set."""
     chat_rows: Mapping[str, int | None]
     """The first row with a conversation in each uploaded file; None: no such row."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the uploaded files, by the name of their field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +165,31 @@ def body_digest(spec: JobSpec) -> str:
 
 
 async def submit(
-    runtime: Runtime, user: User, spec: JobSpec, *, idempotency_key: str | None, retry_count: int
+    runtime: Runtime,
+    user: User,
+    spec: JobSpec,
+    *,
+    idempotency_key: str | None,
+    retry_count: int,
+    copy: Copy | None = None,
 ) -> Submitted:
     """Store a job, or return the one that an earlier request with the same content has stored.
+
+    Args:
+        runtime: Of the service.
+        user: Who submits it.
+        spec: Of the job.
+        idempotency_key: Of the request.
+        retry_count: Of the request.
+        copy: The job that it is made from; None: it is a new one.
 
     Raises:
         InvalidRequestError: The spec, a file, an endpoint or a reward service cannot be used.
         ModelNotFoundError: A model does not exist or is not allowed.
         IdempotencyMismatchError: The key was used with another body.
     """
-    submission = Submission(spec, user, body_digest(spec), idempotency_key, retry_count)
+    digest = body_digest(spec) if copy is None else copy.body_sha256
+    submission = Submission(spec, user, digest, idempotency_key, retry_count, copy)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -171,7 +207,7 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
         return earlier
     with runtime.database.read() as transaction:
         resolved = endpoints.resolve(transaction, submission.user.project_id, submission.spec)
-        probes = list(_probes(transaction, runtime, submission, resolved))
+        probes = list(probes_of(transaction, runtime, submission, resolved))
         drafted = _draft(transaction, runtime, submission, resolved)
     plan = _complete(runtime, drafted)
     fresh = [one for one in probes if not runtime.passed_probes.has(one.key)]
@@ -181,9 +217,9 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
         if one not in fresh
         for notice in runtime.passed_probes.notices(one.key)
     ]
-    example = _example(runtime, submission.spec) if fresh else None
+    example = example_of(runtime, submission.spec) if fresh else None
     probes = [
-        replace(one, target=replace(one.target, example=example))
+        probing.with_example(one, example)
         for one in fresh
         if runtime.submission_probes.try_take(submission.user.key_id)
     ]
@@ -296,7 +332,7 @@ def _earlier(
     return Submitted(job, "true")
 
 
-def _probes(
+def probes_of(
     transaction: Transaction,
     runtime: Runtime,
     submission: Submission,
@@ -323,9 +359,9 @@ def _probes(
         yield probing.ComponentProbe(path, target, access.revision)
 
 
-def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
+def example_of(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
     """The first prompt of the job: a reward service may need its columns."""
-    file = None if _is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
+    file = None if is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
     return next(iter(first_prompts(file, 1)), None)
 
 
@@ -336,33 +372,65 @@ def _draft(
     resolved: endpoints.ResolvedSpec,
 ) -> Draft:
     """Check a submission against everything but the files of its models."""
-    settings = runtime.settings
+    check_settings(runtime, submission, resolved)
+    data = check_data(transaction, runtime, submission)
+    model, installed = find_model(transaction, runtime, submission)
+    plan = Plan(submission, resolved, model, data.num_rows, file_sha256=data.sha256)
+    return Draft(plan, data, installed)
+
+
+def check_settings(
+    runtime: Runtime, submission: Submission, resolved: endpoints.ResolvedSpec
+) -> None:
+    """Check what needs neither data nor models.
+
+    Raises:
+        InvalidRequestError: A setting or a reward cannot be used.
+    """
     if problems := spec_checks.problems_of(submission.spec):
         raise errors.invalid(problems)
     rewards = resolved.spec.dar.rewards
     if rewards is not None:
         if problems := check_rewards(rewards):
             raise errors.invalid(problems)
-        models.check_reward_models(settings, rewards)
-    data = _check_files(transaction, settings.hub_datasets, submission)
+        models.check_reward_models(runtime.settings, rewards)
+
+
+def check_data(transaction: Transaction, runtime: Runtime, submission: Submission) -> CheckedData:
+    """Check the files of a job, and keep them until the transaction ends.
+
+    Raises:
+        InvalidRequestError: A file is not there, or its rows do not fit the job.
+    """
+    data = _check_files(transaction, runtime.settings.hub_datasets, submission)
     if problems := spec_checks.length_problems(submission.spec, data.num_rows):
         raise errors.invalid(problems)
+    return data
+
+
+def find_model(
+    transaction: Transaction, runtime: Runtime, submission: Submission
+) -> tuple[models.ResolvedModel, model_checks.ModelFiles | None]:
+    """The model that a job trains, and its files; None for a hub model.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+    """
     project_id, name = submission.user.project_id, submission.spec.model
-    model = models.resolve(transaction, settings, project_id, name)
-    installed = models.files_of(transaction, runtime, name, model.source)
-    return Draft(Plan(submission, resolved, model, data.num_rows), data, installed)
+    model = models.resolve(transaction, runtime.settings, project_id, name)
+    return model, models.files_of(transaction, runtime, name, model.source)
 
 
 def _complete(runtime: Runtime, draft: Draft) -> Plan:
     """Check the files of the models, outside of a transaction: a bucket may take its time."""
     spec = draft.plan.submission.spec
-    if problems := _model_problems(runtime, spec, draft.files, draft.data):
+    if problems := model_problems(runtime, spec, draft.files, draft.data):
         raise errors.invalid(problems)
     memory = None if draft.files is None else least_memory(spec.dar, draft.files)
-    return replace(draft.plan, memory=memory)
+    return replace(draft.plan, memory=memory, model_sha256=ingredients.of_model(draft.files))
 
 
-def _model_problems(
+def model_problems(
     runtime: Runtime, spec: JobSpec, model: model_checks.ModelFiles | None, data: CheckedData
 ) -> list[Problem]:
     """What the files of the job's models rule out. A hub model's are known to the worker alone."""
@@ -394,20 +462,23 @@ def _check_files(
     problems: list[Problem] = []
     num_rows: int | None = None
     chat_rows: dict[str, int | None] = {}
-    if _is_on_hub(spec):
+    sha256: dict[str, str] = {}
+    if is_on_hub(spec):
         _check_hub_data(hub_datasets, spec)
     else:
         file = _file(transaction, submission, "training_file", spec.training_file)
         problems += datasets.check_for(spec, file.columns)
         num_rows = file.num_rows
+        sha256["training_file"] = file.sha256
         chat_rows["training_file"] = datasets.first_chat(file.columns)
     if spec.validation_file is not None:
         file = _file(transaction, submission, "validation_file", spec.validation_file)
         problems += datasets.check_for(spec, file.columns, "validation_file")
+        sha256["validation_file"] = file.sha256
         chat_rows["validation_file"] = datasets.first_chat(file.columns)
     if problems:
         raise errors.invalid(problems)
-    return CheckedData(num_rows, chat_rows)
+    return CheckedData(num_rows, chat_rows, sha256)
 
 
 def _file(transaction: Transaction, submission: Submission, param: str, file_id: str) -> FileRow:
@@ -419,7 +490,7 @@ def _file(transaction: Transaction, submission: Submission, param: str, file_id:
         ) from None
 
 
-def _is_on_hub(spec: JobSpec) -> bool:
+def is_on_hub(spec: JobSpec) -> bool:
     return spec.training_file.startswith(SCHEME)
 
 
@@ -446,18 +517,19 @@ def _check_hub_data(patterns: Sequence[str], spec: JobSpec) -> None:
 def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
     submission = plan.submission
     spec, job_id = submission.spec, new_id("ftjob-")
-    return JobRow(
+    job = JobRow(
         id=job_id,
         project_id=submission.user.project_id,
         api_key_id=submission.user.key_id,
         created_at=transaction.now,
-        status="queued",
-        status_message="waiting for a worker",
+        status="queued" if spec.auto_start else "paused",
+        status_detail=None if spec.auto_start else "by_user",
+        status_message="waiting for a worker" if spec.auto_start else jobs.NOT_STARTED,
         model=spec.model,
-        model_source=plan.model.source.model_dump(),
+        model_source=_source_of(plan).model_dump(),
         model_name=_result_name(spec.model, spec.suffix, job_id),
-        training_file="" if _is_on_hub(spec) else spec.training_file,
-        spec=plan.resolved.spec.model_dump(mode="json"),
+        training_file="" if is_on_hub(spec) else spec.training_file,
+        spec=plan.resolved.spec.model_dump(mode="json", exclude={"auto_start"}),
         labels=spec.metadata,
         suffix=spec.suffix,
         seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,
@@ -472,7 +544,19 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
         retry_count=submission.retry_count,
+        origin=None if submission.copy is None else submission.copy.origin.model_dump(),
     )
+    made = ingredients.of_job(transaction, job, plan.file_sha256, plan.model_sha256)
+    job.ingredients = made.model_dump()
+    return job
+
+
+def _source_of(plan: Plan) -> ModelSource:
+    """Where the weights come from; a job that is run again has the commits that it had before."""
+    source, copy = plan.model.source, plan.submission.copy
+    if copy is None or not copy.revisions:
+        return source
+    return source.model_copy(update={"revisions": dict(copy.revisions)})
 
 
 def _result_name(model: str, suffix: str | None, job_id: str) -> str:

@@ -63,6 +63,11 @@ class ComponentProbe:
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
+def with_example(one: ComponentProbe, example: RewardSample | None) -> ComponentProbe:
+    """The same probe with a prompt of the job: a reward service may need its columns."""
+    return replace(one, target=replace(one.target, example=example))
+
+
 def is_temporary(code: str) -> bool:
     """Whether a failure may be over before the job starts."""
     return code in _TEMPORARY or code.startswith("http_5")
@@ -88,6 +93,19 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
+async def reports_on(probes: Sequence[ComponentProbe]) -> list[ProbeReport]:
+    """Short probes of the services of a job, at once."""
+    return await asyncio.gather(
+        *(report_on(_with_one_attempt(one.target), None, light=True) for one in probes)
+    )
+
+
+def problems_in(one: ComponentProbe, report: ProbeReport) -> list[Problem]:
+    """What keeps a job with this service from being accepted."""
+    lasting = (finding for finding in report.errors if not is_temporary(finding.code))
+    return [_problem(one, finding) for finding in lasting]
+
+
 async def verdict_on(
     probes: Sequence[ComponentProbe], passed: PassedProbes
 ) -> tuple[list[Problem], list[NewEvent]]:
@@ -96,14 +114,12 @@ async def verdict_on(
     Returns:
         What keeps the job from being accepted, and events for an accepted job.
     """
-    reports = await asyncio.gather(
-        *(report_on(_with_one_attempt(one.target), None, light=True) for one in probes)
-    )
+    reports = await reports_on(probes)
     problems: list[Problem] = []
     notices: list[NewEvent] = []
     for one, report in zip(probes, reports, strict=True):
-        lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
-        problems += [_problem(one, finding) for finding in lasting]
+        lasting = problems_in(one, report)
+        problems += lasting
         found = [_notice(one, finding) for finding in report.warnings]
         notices += found
         if not lasting:

@@ -9,6 +9,8 @@ paging: keyset pagination.
 transitions: the states of a job and all moves between them.
 fence: checks that an attempt still runs its job; rejects writes of earlier attempts.
 jobs: submission, reading, cancelling, pausing and resuming.
+job_filters: which jobs a list shows.
+job_changes: labels and limits that a user changes.
 submission_claims: submissions without a key, so that a try and its retries make one job.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
@@ -16,6 +18,7 @@ workers: who workers are, whether they can run jobs, and what an operator has or
 poison: when a job is given up, because its attempts fail by its own fault.
 stops: jobs that end early, by request or at a limit, with the model that they have.
 rows: rows that a trainer sends, each stored once; progress of the job.
+pace: how fast the steps of a job are, and when it will end.
 rewinds: which rows of an attempt are not the job's, as it went on or ended at an earlier step.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 best_checkpoint: which checkpoint of a job is the best, and which its result.

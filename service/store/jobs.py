@@ -3,14 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import func, select
 
 from dar.errors import ConflictError, NotFoundError
-from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.status import TERMINAL
 from service.store import checkpoints, events, files, stops, transitions
 from service.store.database import Transaction
+from service.store.job_filters import JobFilter
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import JobInputRow, JobRow
+
+NOT_STARTED = "submitted without being started; start it when it is to run"
+"""Message of a job with ``auto_start`` false."""
 
 
 def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
@@ -32,27 +36,16 @@ def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
 
 
 def list_page(
-    transaction: Transaction,
-    project_id: str,
-    cursor: Cursor,
-    *,
-    status: JobStatus | None = None,
-    labels: Mapping[str, str] | None = None,
+    transaction: Transaction, project_id: str, cursor: Cursor, wanted: JobFilter
 ) -> Slice[JobRow]:
-    """One page of the project's jobs, filtered by status and by labels that must all match."""
+    """One page of the project's jobs that match a filter.
+
+    The cursor may name a job that matched when a client saw it, and does so no longer.
+    """
     statement = select(JobRow).where(JobRow.project_id == project_id, JobRow.deleted_at.is_(None))
-    if status is not None:
-        statement = statement.where(JobRow.status == status)
-    for key, value in (labels or {}).items():
-        statement = statement.where(_has_label(transaction, key, value))
-    return page(transaction, statement, JobRow.id, (JobRow.created_at, JobRow.id), cursor)
-
-
-def _has_label(transaction: Transaction, key: str, value: str) -> ColumnElement[bool]:
-    # A JSON path would need the user's key quoted, so the key is compared as a value.
-    unpack = func.json_each_text if transaction.is_postgresql else func.json_each
-    pairs = unpack(JobRow.labels).table_valued("key", "value")
-    return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
+    keys = (JobRow.created_at, JobRow.id)
+    matching = statement.where(*wanted.conditions(transaction))
+    return page(transaction, matching, JobRow.id, keys, cursor, edges=statement)
 
 
 def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow | None:
@@ -63,7 +56,7 @@ def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow |
 
 
 def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None:
-    """Store a queued job, the checkpoints it starts from, and its first event.
+    """Store a new job, the checkpoints it starts from, and its first event.
 
     Raises:
         sqlalchemy.exc.IntegrityError: A concurrent request has used the same ``Idempotency-Key``.
@@ -72,7 +65,12 @@ def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None
     transaction.flush()
     transaction.add_all(JobInputRow(job_id=job.id, checkpoint_id=item) for item in inputs)
     transaction.flush()
-    data = {"kind": "status", "status": job.status, "status_detail": None, "attempt": 0}
+    data = {
+        "kind": "status",
+        "status": job.status,
+        "status_detail": job.status_detail,
+        "attempt": 0,
+    }
     events.append(transaction, job.id, [events.NewEvent(job.status_message or "queued", data=data)])
 
 
@@ -128,6 +126,33 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     if job.cancel_requested_at is not None and job.status == "running":
         raise ConflictError(f"job {job_id} is being cancelled, so it cannot be paused")
     raise ConflictError(_cannot(job, "paused"))
+
+
+def start(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """Queue a job that was submitted without being started. Idempotent.
+
+    Raises:
+        NotFoundError: The project has no job with this id.
+        ConflictError: The job is over, is being cancelled, or is paused after it has run.
+    """
+    job = locked(transaction, project_id, job_id)
+    if job.cancel_requested_at is not None and job.status == "running":
+        raise ConflictError(f"job {job_id} is being cancelled, so it cannot be started")
+    if job.status in TERMINAL:
+        raise ConflictError(_cannot(job, "started"))
+    if job.status not in {"paused", "pausing"}:
+        return job
+    if job.attempt > 0:
+        raise ConflictError(f"job {job_id} has run already; resume it to continue")
+    moved = transitions.move(
+        transaction,
+        "resumed",
+        JobRow.id == job_id,
+        "waiting for a worker",
+        values={"not_before": transaction.now},
+    )
+    assert moved is not None  # the row is locked
+    return moved
 
 
 def stop(transaction: Transaction, project_id: str, job_id: str) -> JobRow:

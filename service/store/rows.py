@@ -19,7 +19,7 @@ from dar.protocol.base import MAX_COUNT
 from dar.protocol.jobs import Forecast
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
-from service.store import events, metrics, reward_failures, rewinds, samples, stops
+from service.store import events, metrics, pace, reward_failures, rewinds, samples, stops
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.tables import AttemptRow, JobRow, SpoolRow
@@ -205,5 +205,6 @@ def _update_job(transaction: Transaction, held: Held, steps: Sequence[MetricsRow
         "step": max(held.job.step, steps[-1].step),
         "tokens": max(held.job.tokens, tokens),
         "reward_waits": 0,
+        "pace": pace.after(held.job.pace, held.attempt.number, steps, transaction.now),
     }
     transaction.execute(update(JobRow).where(JobRow.id == held.job.id).values(values))

@@ -180,6 +180,13 @@ class JobRow(Base):
     """Memory that its trainer needs at least on a worker without GPUs; null: not known."""
     loading_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """The same on a worker with GPUs, which reads the weights into memory first."""
+    pace: Mapped[dict[str, Any] | None]
+    """How fast its steps are; see `service.store.pace`. Null: no step was reported yet."""
+    origin: Mapped[dict[str, Any] | None]
+    """The job that it repeats or goes on from; see `JobOrigin`."""
+    ingredients: Mapped[dict[str, Any] | None]
+    """Hashes of what it was submitted with; see `JobIngredients`. Null: an earlier version stored
+    the job."""
     deleted_at: Mapped[datetime | None]
     """When a user deleted it. Nobody sees it since then; its rows are being removed."""
 

@@ -94,8 +94,12 @@ MAIN_MODULES = {
     "service/background": ["service.runtime", "service.app"],
     # it installs handlers for all routes
     "service/http": ["service.app"],
-    # check, probe, store
-    "service/jobs": ["service.jobs.submission"],
+    # check, probe, store; the same as a dry run; and from another job
+    "service/jobs": [
+        "service.jobs.submission",
+        "service.jobs.validation",
+        "service.jobs.copies",
+    ],
     # a component's endpoint
     "service/rewards": ["service.rewards.endpoints"],
     # the loop, and what wakes it
