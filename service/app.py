@@ -36,10 +36,12 @@ from service.api import (
     reward_secret,
     reward_stats,
     samples,
+    stream,
     uploads,
     workers,
 )
 from service.artifacts import Artifacts
+from service.background.feeds import JobFeeds
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.retention import Retention
@@ -60,7 +62,19 @@ from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, attempts, events, logs, metrics, samples, reward_stats, checkpoints, models),
+    *(
+        files,
+        jobs,
+        attempts,
+        events,
+        logs,
+        metrics,
+        samples,
+        stream,
+        reward_stats,
+        checkpoints,
+        models,
+    ),
     *(
         reward_endpoints,
         graders,
@@ -107,7 +121,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         )
         retention_thread = Retention(ready.database, ready.artifacts, settings)
         watch = RewardWatch(ready)
+        ready.notifier.at_release.append(ready.feeds.release)
         ready.notifier.start()
+        ready.feeds.start()
         ready.waker.start()
         reconciler.start()
         scrubber.start()
@@ -117,6 +133,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             yield
         finally:
             await ready.notifier.close()
+            await ready.feeds.close()
             await run_in_threadpool(watch.close)
             await run_in_threadpool(scrubber.close)
             await run_in_threadpool(retention_thread.close)
@@ -196,6 +213,7 @@ def prepare(settings: Settings) -> Runtime:
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
+        feeds=JobFeeds(database, stream.render),
         telemetry=Telemetry(count_jobs, running_values, count_workers, artifacts.room),
         reward_secrets=keys.checked_reward_secrets(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),

@@ -3,13 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from ulid import ULID
 
 from dar.client.arguments import HasId, id_of, in_path, mapping, texts
 from dar.client.paging import Listing
+from dar.client.stream import follow
 from dar.client.transport import (
     MAX_RETRY_AFTER_SECONDS,
     Transport,
@@ -24,6 +25,7 @@ from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.stream import StreamFrame, StreamType
 
 PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
@@ -237,6 +239,69 @@ class Jobs:
         """
         params = {"order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
+
+    def stream(
+        self,
+        job_id: str | HasId,
+        *,
+        types: Sequence[StreamType] | StreamType | None = None,
+        from_seq: int = 1,
+    ) -> Iterator[StreamFrame]:
+        """All that happens to a job, from any point of its history until it ends.
+
+            for frame in client.jobs.stream(job.id, types=["status", "metrics"]):
+                if frame.event is not None:
+                    print(frame.seq, frame.event.message)
+
+        A broken connection is opened again, and each frame comes once. The last frame has the type
+        ``done`` and the job at its end. To continue later, pass ``from_seq=frame.seq + 1``.
+
+        Args:
+            job_id: The job.
+            types: Only such frames; ``gap`` and ``done`` come in any case. Default: all.
+            from_seq: Number of the first event; 1: the beginning.
+
+        Raises:
+            NotFoundError: There is no such job.
+            DARError: For 300 s the service could not be reached, or failed in a way that may pass.
+            ConfigurationError: ``from_seq`` is out of range.
+        """
+        if type(from_seq) is not int or from_seq < 1:
+            raise ConfigurationError(
+                f"from_seq is {from_seq!r}, but it must be a whole number from 1", param="from_seq"
+            )
+        params = {"types": None if types is None else ",".join(texts("types", types))}
+        return follow(self._transport, f"{_path(job_id)}/stream", params, from_seq)
+
+    def poll_events(
+        self,
+        job_id: str | HasId,
+        *,
+        after_seq: int = 0,
+        wait_seconds: int = 20,
+        types: Sequence[StreamType] | StreamType | None = None,
+        limit: int = 100,
+    ) -> Sequence[Event]:
+        """The next events of a job, oldest first: the stream for those who rather ask again.
+
+            events = client.jobs.poll_events(job.id, after_seq=events[-1].seq)
+
+        Args:
+            job_id: The job.
+            after_seq: Number of the last event that you have; 0: none.
+            wait_seconds: How long to wait for an event, if there is none yet and the job has not
+                ended.
+            types: Only such events. Default: all.
+            limit: Most events of a response.
+        """
+        params = {
+            "order": "asc",
+            "after_seq": after_seq,
+            "wait": wait_seconds,
+            "types": None if types is None else ",".join(texts("types", types)),
+            "limit": limit,
+        }
+        return self._transport.get(f"{_path(job_id)}/events", Page[Event], params).data
 
     def attempts(
         self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
