@@ -22,14 +22,14 @@ from dar.protocol.events import Event
 from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
-from dar.protocol.samples import Sample
+from dar.protocol.samples import Sample, SampleFlag
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
 from dar.protocol.stream import StreamFrame, StreamType
 
 PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
-SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
+SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage", "group"]
 OnPause = Literal["return", "raise", "wait"]
 log = logging.getLogger(__name__)
 STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
@@ -395,6 +395,11 @@ class Jobs:
         job_id: str | HasId,
         *,
         step: int | None = None,
+        group: int | None = None,
+        prompt_id: str | None = None,
+        flag: SampleFlag | None = None,
+        min_reward: float | None = None,
+        max_reward: float | None = None,
         order: SampleOrder = "desc",
         limit: int = 20,
         rewound: bool = False,
@@ -404,13 +409,38 @@ class Jobs:
         Args:
             job_id: The job.
             step: Only those of this step.
-            order: By age or by value; ``-reward``: highest reward first.
+            group: Only those of the prompt with this number in its step, from 0.
+            prompt_id: Only those of this prompt, in all steps.
+            flag: Only those that were ``truncated``, have a reward that failed (``error``) or was
+                ``skipped``, or are ``unscored`` for any reason.
+            min_reward: Lowest reward.
+            max_reward: Highest reward.
+            order: By age or by value; ``-reward``: highest reward first; ``group``: by step, newest
+                first, with the completions of each prompt together.
             limit: Size of a page.
             rewound: Whether to list those of steps after the checkpoint from which a later attempt
                 started, too.
         """
-        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
+        params = {
+            "step": step,
+            "group": group,
+            "prompt_id": prompt_id,
+            "flag": flag,
+            "min_reward": min_reward,
+            "max_reward": max_reward,
+            "order": order,
+            "limit": limit,
+            "rewound": rewound or None,
+        }
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+    def sample(self, job_id: str | HasId, sample_id: str | HasId) -> Sample:
+        """One sample, also of a step that was rewound.
+
+        Raises:
+            NotFoundError: There is no such sample, or it was deleted by age or size.
+        """
+        return self._transport.get(f"{_path(job_id)}/samples/{in_path(sample_id)}", Sample)
 
 
 def needs_user(job: Job) -> bool:
