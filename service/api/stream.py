@@ -13,7 +13,7 @@ from dar.protocol.stream import STREAM_TYPES, StreamFrame, StreamGap, StreamType
 from service.api import events as events_api
 from service.api import jobs as jobs_api
 from service.api.jobs import PATH
-from service.background.feeds import FeedReader, News
+from service.background.feeds import News
 from service.http import auth
 from service.http.auth import Reader, User
 from service.runtime import CurrentRuntime, Runtime
@@ -119,31 +119,28 @@ class _Stream:
                 # Such a number is of a database that was replaced by an older copy.
                 yield self._gap(newest + 1, after, at=newest)
                 after = newest
-            async for part in self._from(reader, after):
-                yield part
-
-    async def _from(self, reader: FeedReader, after: int) -> AsyncIterator[bytes]:
-        while True:
-            news = await reader.after(after, PING_SECONDS)
-            if news is None:
-                if self._runtime.feeds.is_closing or not await self._may_read():
+            while True:
+                news = await reader.after(after, PING_SECONDS)
+                if news is None:
+                    if self._runtime.feeds.is_closing or not await self._may_read():
+                        return
+                    yield PING
+                    continue
+                if part := self._wanted(news):
+                    yield part
+                after = news.newest
+                if news.is_ended:
+                    yield await run_in_threadpool(self._done, after)
                     return
-                yield PING
-                continue
-            if news.missing is not None:
-                last = news.frames[0].seq - 1 if news.frames else news.newest
-                yield self._gap(news.missing, last, at=last)
-            if part := self._wanted(news):
-                yield part
-            after = news.newest
-            if news.is_ended:
-                yield await run_in_threadpool(self._done, after)
-                return
 
     def _wanted(self, news: News) -> bytes:
-        return b"".join(
+        parts = [
             frame.content for frame in news.frames if self._is_whole or frame.type in self._types
-        )
+        ]
+        if news.missing is not None:
+            last = news.frames[0].seq - 1 if news.frames else news.newest
+            parts.insert(0, self._gap(news.missing, last, at=last))
+        return b"".join(parts)
 
     def _gap(self, first: int, last: int, *, at: int) -> bytes:
         link = f"{PATH}/{self._job_id}"

@@ -342,7 +342,7 @@ def queue_state(transaction: Transaction) -> QueueState:
     count, first = transaction.execute(
         select(func.count(), func.min(AttemptRow.lease_until)).where(AttemptRow.status == "running")
     ).one()
-    left = None if first is None else (first - now).total_seconds()
+    left = (first - now).total_seconds() if count else None
     return QueueState(max(0.0, (now - since).total_seconds()), count, left)
 
 

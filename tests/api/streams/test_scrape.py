@@ -1,6 +1,7 @@
 """What Prometheus reads of the queue, of leases and of this replica."""
 
 import math
+import time
 from datetime import timedelta
 
 from sqlalchemy import update
@@ -37,6 +38,10 @@ def test_the_queue_the_leases_and_the_replica_are_in_numbers(live: Live) -> None
     assert (after["dar_queue_age_seconds"], after["dar_leases"]) == (0, 1)
     assert 0 < after["dar_lease_seconds"] <= live.settings.lease_ttl_seconds
     assert after["dar_stream_readers"] == 1
+    deadline = time.monotonic() + 10
+    while scraped(live)["dar_stream_readers"]:
+        assert time.monotonic() < deadline, "a client that has left is no reader"
+        time.sleep(0.02)
     counted = 'dar_http_responses_total{status="4xx"}'
     assert after[counted] == before[counted] + 1
     assert after["dar_http_response_seconds_total"] > before["dar_http_response_seconds_total"]
