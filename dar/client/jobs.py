@@ -19,7 +19,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
-from dar.protocol.jobs import Attempt, Job, JobLog
+from dar.protocol.jobs import Attempt, Job, JobLog, LogLevel
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample, SampleFlag
@@ -311,7 +311,13 @@ class Jobs:
         return Listing(self._transport, f"{_path(job_id)}/attempts", Page[Attempt], params)
 
     def log(
-        self, job_id: str | HasId, *, attempt: int | None = None, tail: int | None = None
+        self,
+        job_id: str | HasId,
+        *,
+        attempt: int | None = None,
+        tail: int | None = None,
+        level: LogLevel | None = None,
+        after: int | None = None,
     ) -> JobLog:
         """The end of the log of a job's trainer, while it runs and afterwards.
 
@@ -321,11 +327,13 @@ class Jobs:
             job_id: The job.
             attempt: Number of the attempt; default: the newest that has a log.
             tail: Only so many lines of its end; default: all that is stored, at most 64 KiB.
+            level: Only lines of this level and above, and lines without a level.
+            after: ``bytes`` of an earlier response: only what is newer. Pass its ``attempt`` too.
 
         Raises:
             NotFoundError: There is no such log.
         """
-        params = {"attempt": attempt, "tail": tail}
+        params = {"attempt": attempt, "tail": tail, "level": level, "after": after}
         return self._transport.get(f"{_path(job_id)}/logs", JobLog, params)
 
     def metrics(

@@ -8,6 +8,8 @@ from dar.protocol.base import Output, UnixSeconds
 from dar.protocol.status import AttemptStatus, JobStatus, StatusDetail
 from dar.protocol.worker import FailureOwner
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
 
 class JobLog(Output):
     """The end of a trainer's log, as it was written: for finding the cause of a failure."""
@@ -21,6 +23,8 @@ class JobLog(Output):
     """Size of the whole log, which is on the worker's disk."""
     text: str
     """At most its last 64 KiB, without secrets."""
+    missed_bytes: int = 0
+    """With ``after``: bytes between it and the text, which are on the worker's disk only."""
 
 
 class JobError(Output):

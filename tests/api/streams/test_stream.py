@@ -271,6 +271,8 @@ def test_the_examples_of_the_page_work(live: Live, capsys: pytest.CaptureFixture
     job_id, lease = live.running(dar={"hyperparameters": {"max_steps": 1}})
     lease.say(*step_rows(1))
     finish(lease, 1)
+    log = {"attempt": 1, "text": "the end\n", "bytes": 8}
+    assert lease.http.put("/log", json=log).status_code == 204
     page = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
     section = page.split("## Stream, samples and logs\n")[1].split("\n## ")[0]
     examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
