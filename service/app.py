@@ -36,10 +36,12 @@ from service.api import (
     reward_secret,
     reward_stats,
     samples,
+    stream,
     uploads,
     workers,
 )
 from service.artifacts import Artifacts
+from service.background.feeds import JobFeeds
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.retention import Retention
@@ -54,13 +56,26 @@ from service.runtime import Runtime
 from service.secret_box import SecretBox
 from service.storage.opening import open_storage
 from service.store import jobs as jobs_store
+from service.store import leases as leases_store
 from service.store import metrics as metrics_store
 from service.store import workers as workers_store
 from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, attempts, events, logs, metrics, samples, reward_stats, checkpoints, models),
+    *(
+        files,
+        jobs,
+        attempts,
+        events,
+        logs,
+        metrics,
+        samples,
+        stream,
+        reward_stats,
+        checkpoints,
+        models,
+    ),
     *(
         reward_endpoints,
         graders,
@@ -107,7 +122,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         )
         retention_thread = Retention(ready.database, ready.artifacts, settings)
         watch = RewardWatch(ready)
+        ready.notifier.at_release.append(ready.feeds.release)
         ready.notifier.start()
+        ready.feeds.start()
         ready.waker.start()
         reconciler.start()
         scrubber.start()
@@ -117,6 +134,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             yield
         finally:
             await ready.notifier.close()
+            await ready.feeds.close()
             await run_in_threadpool(watch.close)
             await run_in_threadpool(scrubber.close)
             await run_in_threadpool(retention_thread.close)
@@ -124,6 +142,11 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
             ready.artifacts.storage.close()
+
+    def count_response(status: int, seconds: float) -> None:
+        ready: Runtime | None = getattr(app.state, "runtime", None)
+        if ready is not None:
+            ready.telemetry.count_request(status, seconds)
 
     app = FastAPI(
         title="DAR training service",
@@ -137,7 +160,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     )
     errors.install(app)
     app.add_middleware(BodyTimeouts)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, count=count_response)
     app.router.routes.extend(_routes())
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(auth.principal)])
@@ -190,13 +213,22 @@ def prepare(settings: Settings) -> Runtime:
             failures = workers_store.failures_by_owner(transaction)
             return workers_store.fleet(transaction), failures
 
+    def queue() -> leases_store.QueueState:
+        with database.read() as transaction:
+            return leases_store.queue_state(transaction)
+
+    feeds = JobFeeds(database, stream.render)
+    telemetry = Telemetry(
+        count_jobs, running_values, count_workers, artifacts.room, queue, lambda: feeds.readers
+    )
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values, count_workers, artifacts.room),
+        feeds=feeds,
+        telemetry=telemetry,
         reward_secrets=keys.checked_reward_secrets(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from dar.rewards.probe.callbacks import ProbeInbox
 from service.artifacts import Artifacts
 from service.background.bounded_checks import BoundedChecks
+from service.background.feeds import JobFeeds
 from service.background.notifier import Notifier
 from service.background.waker import Waker
 from service.http.rate_limits import FailureThrottle, PassedProbes, Throttle
@@ -27,6 +28,7 @@ class Runtime(Installation):
     artifacts: Artifacts
     waker: Waker
     notifier: Notifier
+    feeds: JobFeeds
     telemetry: Telemetry
     probe_inbox: ProbeInbox
     """Receives the callbacks of this process's own probes."""

@@ -8,6 +8,7 @@ Gauges of a job exist only while it runs. They are labelled with job and compone
 the newest stored report, which is the same in every replica.
 """
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentReques
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, FailureOwner, MetricsRow, RewardsRow, Row
 from dar.protocol.workers import WORKER_STATES
+from dar.version import __version__
 from service.artifacts import Room
+from service.store.leases import QueueState
 from service.store.workers import Fleet
 
 OUTCOMES = ("ok", *FAMILIES)
@@ -70,6 +73,7 @@ Counts = Callable[[], Mapping[str, int]]
 CountWorkers = Callable[[], tuple[Fleet, Mapping[str, int]]]
 RunningValues = Callable[[], Mapping[str, Mapping[str, float | None]]]
 CACHED = "cached"
+STATUSES = ("2xx", "3xx", "4xx", "5xx")
 
 
 class Telemetry(Collector):
@@ -80,6 +84,8 @@ class Telemetry(Collector):
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
         count_workers: Called at each scrape; returns the workers in numbers, and failures by owner.
         room: Called at each scrape; returns the room of the artifact store; None: it has no volume.
+        queue: Called at each scrape; returns how long jobs wait, and the leases.
+        readers: Called at each scrape; returns how many streams and long polls are open here.
     """
 
     def __init__(
@@ -88,11 +94,17 @@ class Telemetry(Collector):
         running_values: RunningValues,
         count_workers: CountWorkers,
         room: Callable[[], Room | None],
+        queue: Callable[[], QueueState],
+        readers: Callable[[], int],
     ) -> None:
         self._count_jobs = count_jobs
         self._count_workers = count_workers
         self._running_values = running_values
         self._room = room
+        self._queue = queue
+        self._readers = readers
+        self._requests: Counter[str] = Counter()
+        self._request_seconds = 0.0
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
@@ -131,6 +143,12 @@ class Telemetry(Collector):
         """Count a callback of a reward service: one of `CALLBACK_OUTCOMES`."""
         with self._lock:
             self._callbacks[outcome] += 1
+
+    def count_request(self, status: int, seconds: float) -> None:
+        """Count a response of this process; of a stream, its time is that to its end."""
+        with self._lock:
+            self._requests[f"{status // 100}xx"] += 1
+            self._request_seconds += seconds
 
     def _take_requests(self, found: ComponentRequests) -> None:
         buckets = self._buckets[found.outcome]
@@ -181,6 +199,8 @@ class Telemetry(Collector):
         yield jobs
         yield from self._worker_families()
         yield from self._storage()
+        yield from self._queue_families()
+        yield from self._process_families()
         yield from self._gauges()
         text = "Callbacks of reward services, by result."
         with self._lock:
@@ -216,6 +236,30 @@ class Telemetry(Collector):
             ("reserved", "Bytes that uploads leave free on that volume.", room.reserved),
         ):
             yield GaugeMetricFamily(f"dar_storage_{name}_bytes", text, value=value)
+
+    def _queue_families(self) -> Iterator[Metric]:
+        state = self._queue()
+        text = "Seconds that the oldest job has waited that a worker may claim; 0 without one."
+        yield GaugeMetricFamily("dar_queue_age_seconds", text, value=state.oldest_seconds)
+        yield GaugeMetricFamily("dar_leases", "Leases of running attempts.", value=state.leases)
+        text = "Seconds until the first lease ends unless it is renewed; NaN without a lease."
+        left = math.nan if state.lease_seconds is None else state.lease_seconds
+        yield GaugeMetricFamily("dar_lease_seconds", text, value=left)
+
+    def _process_families(self) -> Iterator[Metric]:
+        """What differs between replicas: a scrape adds the instance."""
+        info = GaugeMetricFamily("dar_build_info", "1, with the version.", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+        text = "Streams and long polls that are open in this process."
+        yield GaugeMetricFamily("dar_stream_readers", text, value=self._readers())
+        with self._lock:
+            counts = {kind: float(self._requests[kind]) for kind in STATUSES}
+            seconds = self._request_seconds
+        text = "Responses of this process by class of status."
+        yield _labelled("dar_http_responses", text, "status", counts)
+        text = "Seconds from the requests to the ends of these responses."
+        yield _counter("dar_http_response_seconds", text, seconds)
 
     def _gauges(self) -> Iterator[Metric]:
         running = self._running_values()

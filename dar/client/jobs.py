@@ -3,13 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from ulid import ULID
 
 from dar.client.arguments import HasId, id_of, in_path, mapping, texts
 from dar.client.paging import Listing
+from dar.client.stream import follow
 from dar.client.transport import (
     MAX_RETRY_AFTER_SECONDS,
     Transport,
@@ -20,16 +21,17 @@ from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
 from dar.protocol.job_config import JobConfig
 from dar.protocol.job_validation import JobValidation
-from dar.protocol.jobs import Attempt, Job, JobLog
+from dar.protocol.jobs import Attempt, Job, JobLog, LogLevel
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
-from dar.protocol.samples import Sample
+from dar.protocol.samples import Sample, SampleFlag
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.stream import StreamFrame, StreamType
 
 PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
-SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
+SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage", "group"]
 OnPause = Literal["return", "raise", "wait"]
 log = logging.getLogger(__name__)
 STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
@@ -356,6 +358,69 @@ class Jobs:
         params = {"order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
 
+    def stream(
+        self,
+        job_id: str | HasId,
+        *,
+        types: Sequence[StreamType] | StreamType | None = None,
+        from_seq: int = 1,
+    ) -> Iterator[StreamFrame]:
+        """All that happens to a job, from any point of its history until it ends.
+
+            for frame in client.jobs.stream(job.id, types=["status", "metrics"]):
+                if frame.event is not None:
+                    print(frame.seq, frame.event.message)
+
+        A broken connection is opened again, and each frame comes once. The last frame has the type
+        ``done`` and the job at its end. To continue later, pass ``from_seq=frame.seq + 1``.
+
+        Args:
+            job_id: The job.
+            types: Only such frames; ``gap`` and ``done`` come in any case. Default: all.
+            from_seq: Number of the first event; 1: the beginning.
+
+        Raises:
+            NotFoundError: There is no such job.
+            DARError: For 300 s the service could not be reached, or failed in a way that may pass.
+            ConfigurationError: ``from_seq`` is out of range.
+        """
+        if type(from_seq) is not int or from_seq < 1:
+            raise ConfigurationError(
+                f"from_seq is {from_seq!r}, but it must be a whole number from 1", param="from_seq"
+            )
+        params = {"types": None if types is None else ",".join(texts("types", types))}
+        return follow(self._transport, f"{_path(job_id)}/stream", params, from_seq)
+
+    def poll_events(
+        self,
+        job_id: str | HasId,
+        *,
+        after_seq: int = 0,
+        wait_seconds: int = 20,
+        types: Sequence[StreamType] | StreamType | None = None,
+        limit: int = 100,
+    ) -> Sequence[Event]:
+        """The next events of a job, oldest first: the stream for those who rather ask again.
+
+            events = client.jobs.poll_events(job.id, after_seq=events[-1].seq)
+
+        Args:
+            job_id: The job.
+            after_seq: Number of the last event that you have; 0: none.
+            wait_seconds: How long to wait for an event, if there is none yet and the job has not
+                ended.
+            types: Only such events. Default: all.
+            limit: Most events of a response.
+        """
+        params = {
+            "order": "asc",
+            "after_seq": after_seq,
+            "wait": wait_seconds,
+            "types": None if types is None else ",".join(texts("types", types)),
+            "limit": limit,
+        }
+        return self._transport.get(f"{_path(job_id)}/events", Page[Event], params).data
+
     def attempts(
         self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
     ) -> Listing[Attempt]:
@@ -364,7 +429,13 @@ class Jobs:
         return Listing(self._transport, f"{_path(job_id)}/attempts", Page[Attempt], params)
 
     def log(
-        self, job_id: str | HasId, *, attempt: int | None = None, tail: int | None = None
+        self,
+        job_id: str | HasId,
+        *,
+        attempt: int | None = None,
+        tail: int | None = None,
+        level: LogLevel | None = None,
+        after: int | None = None,
     ) -> JobLog:
         """The end of the log of a job's trainer, while it runs and afterwards.
 
@@ -374,11 +445,13 @@ class Jobs:
             job_id: The job.
             attempt: Number of the attempt; default: the newest that has a log.
             tail: Only so many lines of its end; default: all that is stored, at most 64 KiB.
+            level: Only lines of this level and above, and lines without a level.
+            after: ``bytes`` of an earlier response: only what is newer. Pass its ``attempt`` too.
 
         Raises:
             NotFoundError: There is no such log.
         """
-        params = {"attempt": attempt, "tail": tail}
+        params = {"attempt": attempt, "tail": tail, "level": level, "after": after}
         return self._transport.get(f"{_path(job_id)}/logs", JobLog, params)
 
     def metrics(
@@ -448,6 +521,11 @@ class Jobs:
         job_id: str | HasId,
         *,
         step: int | None = None,
+        group: int | None = None,
+        prompt_id: str | None = None,
+        flag: SampleFlag | None = None,
+        min_reward: float | None = None,
+        max_reward: float | None = None,
         order: SampleOrder = "desc",
         limit: int = 20,
         rewound: bool = False,
@@ -457,13 +535,38 @@ class Jobs:
         Args:
             job_id: The job.
             step: Only those of this step.
-            order: By age or by value; ``-reward``: highest reward first.
+            group: Only those of the prompt with this number in its step, from 0.
+            prompt_id: Only those of this prompt, in all steps.
+            flag: Only those that were ``truncated``, have a reward that failed (``error``) or was
+                ``skipped``, or are ``unscored`` for any reason.
+            min_reward: Lowest reward.
+            max_reward: Highest reward.
+            order: By age or by value; ``-reward``: highest reward first; ``group``: by step, newest
+                first, with the completions of each prompt together.
             limit: Size of a page.
             rewound: Whether to list those of steps after the checkpoint from which a later attempt
                 started, too.
         """
-        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
+        params = {
+            "step": step,
+            "group": group,
+            "prompt_id": prompt_id,
+            "flag": flag,
+            "min_reward": min_reward,
+            "max_reward": max_reward,
+            "order": order,
+            "limit": limit,
+            "rewound": rewound or None,
+        }
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+    def sample(self, job_id: str | HasId, sample_id: str | HasId) -> Sample:
+        """One sample, also of a step that was rewound.
+
+        Raises:
+            NotFoundError: There is no such sample, or it was deleted by age or size.
+        """
+        return self._transport.get(f"{_path(job_id)}/samples/{in_path(sample_id)}", Sample)
 
 
 def _body(spec: JobSpec | Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any]:

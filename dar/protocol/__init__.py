@@ -25,6 +25,7 @@ rewards: ``dar.reward.v1``, requests to a reward service and its responses.
 samples: completions stored for viewing.
 spec: the job spec.
 status: statuses of jobs and attempts, and which are final.
+stream: frames of the stream of a job.
 worker: messages between workers and the service.
 workers: workers as the service shows them, and orders to them.
 

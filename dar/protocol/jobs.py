@@ -9,6 +9,8 @@ from dar.protocol.job_config import JobOrigin
 from dar.protocol.status import AttemptStatus, JobStatus, StatusDetail
 from dar.protocol.worker import FailureOwner
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
 
 class JobLog(Output):
     """The end of a trainer's log, as it was written: for finding the cause of a failure."""
@@ -22,6 +24,8 @@ class JobLog(Output):
     """Size of the whole log, which is on the worker's disk."""
     text: str
     """At most its last 64 KiB, without secrets."""
+    missed_bytes: int = 0
+    """With ``after``: bytes between it and the text, which are on the worker's disk only."""
 
 
 class JobError(Output):

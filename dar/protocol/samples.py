@@ -1,6 +1,7 @@
 """Samples: completions stored for viewing, with everything that decided their weight."""
 
-from typing import Any, Literal
+import hashlib
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -8,6 +9,17 @@ from dar.protocol.base import Count, Input, Output, UnixSeconds
 
 RewardStatus = Literal["reward", "skip", "error"]
 FinishReason = Literal["stop", "length"]
+
+
+SampleFlag = Literal["truncated", "error", "skipped", "unscored"]
+"""What is unusual about a sample: its completion reached the longest length, its reward failed, a
+source skipped it, or it has no reward for any reason."""
+FLAGS: tuple[SampleFlag, ...] = get_args(SampleFlag)
+
+
+def prompt_id_of(prompt: str) -> str:
+    """The id of a prompt, the same in all steps and jobs: of its text, as samples have it."""
+    return f"prompt-{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
 
 
 class ReportedSample(Input):
@@ -52,6 +64,10 @@ class Sample(Output):
     the job has ended."""
     group: int
     index: int
+    prompt_id: str | None = None
+    """Of the prompt's text, to find all its samples."""
+    flags: list[SampleFlag] = Field(default_factory=list)
+    """What is unusual about it."""
     prompt: str
     completion: str
     finish_reason: FinishReason

@@ -3,7 +3,8 @@
 jobs: submit, read, cancel, pause and resume jobs.
 job_filters: query parameters that say which jobs a list shows.
 attempts: attempts of a job, and whose fault each failure was.
-events: events of a job.
+events: events of a job, also as a long poll.
+stream: all events of a job as server-sent events.
 logs: the ends of trainers' logs.
 metrics: metrics of a job.
 samples: completions of a job that were kept.

@@ -7,7 +7,7 @@ query per second for all waiters.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,6 +32,8 @@ class Notifier:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.is_closing = False
+        self.at_release: list[Callable[[], None]] = []
+        """Called when the process is about to stop."""
 
     def start(self) -> None:
         """Start watching on the running loop."""
@@ -62,6 +64,8 @@ class Notifier:
         self.is_closing = True
         for job_id in list(self._waiters):
             self._wake(job_id)
+        for call in self.at_release:
+            call()
 
     async def close(self) -> None:
         self.release()

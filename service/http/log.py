@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -50,10 +51,16 @@ def configure(level: str) -> None:
 
 
 class RequestMiddleware:
-    """Gives every request an id and a log line, and renders unexpected exceptions."""
+    """Gives every request an id and a log line, and renders unexpected exceptions.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: The application.
+        count: Called with the status and the seconds of each response.
+    """
+
+    def __init__(self, app: ASGIApp, count: Callable[[int, float], None]) -> None:
         self.app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -81,7 +88,10 @@ class RequestMiddleware:
                 log.exception("unhandled error", method=scope["method"], path=scope["path"])
                 if status == 0:
                     await errors.internal_error(request_id)(scope, receive, send_with_id)
-            milliseconds = round((time.perf_counter() - started) * 1000, 1)
+            seconds = time.perf_counter() - started
+            if status:
+                self._count(status, seconds)
+            milliseconds = round(seconds * 1000, 1)
             log.debug(
                 "request",
                 method=scope["method"],

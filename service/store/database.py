@@ -57,6 +57,8 @@ class Transaction(Session):
     def __init__(self, engine: Engine, clock: Clock | None, *, is_writing: bool) -> None:
         super().__init__(bind=engine, expire_on_commit=False, autoflush=False)
         self.hooks: list[Callable[[], None]] = []
+        self.news: set[str] = set()
+        """Jobs that have new events."""
         self._clock = clock
         self._now: datetime | None = None
         self.connection(execution_options={"dar_writing": is_writing})
@@ -151,6 +153,8 @@ class Database:
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         self.engine = _engine(url)
+        self.listeners: list[Callable[[frozenset[str]], None]] = []
+        """Called after a commit with the jobs that have new events. They must not block."""
         self._clock = clock
         # SQLite's busy handler is unfair: this lock cuts the p99 of 8 writers from 131 to 32 ms.
         self._writer = threading.Lock() if self.engine.dialect.name == "sqlite" else None
@@ -181,6 +185,9 @@ class Database:
         fault_point("service.committed")
         for hook in transaction.hooks:
             hook()
+        if transaction.news:
+            for listener in self.listeners:
+                listener(frozenset(transaction.news))
 
     @contextmanager
     def _transaction(self, *, is_writing: bool) -> Iterator[Transaction]:

@@ -318,6 +318,34 @@ def count_due(transaction: Transaction, older_than: timedelta) -> int:
     ).one()
 
 
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """How long jobs wait for workers, and how the leases stand."""
+
+    oldest_seconds: float
+    """Since when the oldest job that a worker may claim could have been claimed; 0: there is
+    none."""
+    leases: int
+    """Leases of running attempts."""
+    lease_seconds: float | None
+    """Time until the first of them ends, unless it is renewed. None: there is none."""
+
+
+def queue_state(transaction: Transaction) -> QueueState:
+    """The queue and the leases in numbers."""
+    now = transaction.now
+    due = select(JobRow.queued_at, JobRow.not_before).where(
+        _is_due(JobRow, now, timedelta(0)), JobRow.deleted_at.is_(None)
+    )
+    oldest = transaction.execute(due.order_by(JobRow.queued_at, JobRow.id).limit(1)).one_or_none()
+    since = now if oldest is None else max(oldest.queued_at, oldest.not_before)
+    count, first = transaction.execute(
+        select(func.count(), func.min(AttemptRow.lease_until)).where(AttemptRow.status == "running")
+    ).one()
+    left = (first - now).total_seconds() if count else None
+    return QueueState(max(0.0, (now - since).total_seconds()), count, left)
+
+
 def _end_old_leases(transaction: Transaction, claim: Claim, ttl: timedelta) -> None:
     # A slot that claims runs nothing: a lease of this same process is one whose reply was lost.
     old = select(AttemptRow.lease_id).where(

@@ -144,6 +144,8 @@ def _append_events(
         if isinstance(row, MetricsRow) and newest < row.step <= progress.last:
             newest = row.step
             new.append(_step_event(row, job.total_steps, number))
+        elif isinstance(row, SamplesRow) and row.samples:
+            new.append(_samples_event(row, number))
         elif isinstance(row, EventRow):
             # A worker of an earlier version does not say the step: it is the one after the last.
             step = min(newest + 1, job.total_steps) if row.step is None else row.step
@@ -190,6 +192,24 @@ def _step_event(row: MetricsRow, total_steps: int, attempt: int) -> events.NewEv
         message,
         type="metrics",
         data={"step": row.step, **current_values(row.values)},
+        at=datetime.fromtimestamp(row.at, UTC),
+        attempt=attempt,
+        step=row.step,
+    )
+
+
+def _samples_event(row: SamplesRow, attempt: int) -> events.NewEvent:
+    rewards = [sample.reward for sample in row.samples if sample.reward is not None]
+    return events.NewEvent(
+        f"Step {row.step}: {len(row.samples)} samples are stored",
+        type="sample",
+        data={
+            "step": row.step,
+            "attempt": attempt,
+            "count": len(row.samples),
+            "min_reward": min(rewards, default=None),
+            "max_reward": max(rewards, default=None),
+        },
         at=datetime.fromtimestamp(row.at, UTC),
         attempt=attempt,
         step=row.step,

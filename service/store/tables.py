@@ -381,7 +381,11 @@ class SampleRow(Base):
     """A completion kept for viewing."""
 
     __tablename__ = "samples"
-    __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "step"))
+    __table_args__ = (
+        Index(None, "job_id", "id"),
+        Index(None, "job_id", "step"),
+        Index(None, "job_id", "prompt_id"),
+    )
 
     id: Mapped[int] = mapped_column(RowId, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
@@ -391,6 +395,12 @@ class SampleRow(Base):
     reward: Mapped[float | None] = mapped_column(Float(53))
     advantage: Mapped[float | None] = mapped_column(Float(53))
     body: Mapped[dict[str, Any]]
+    prompt_id: Mapped[str | None] = mapped_column(String(24))
+    """Of the prompt's text (`prompt_id_of`); None: it is older than this column."""
+    group_number: Mapped[int | None]
+    """Number of the prompt in the step; None: it is older than this column."""
+    group_index: Mapped[int | None]
+    """Number of the completion among those of its prompt; None as above."""
 
 
 class RewardFailureRow(Base):

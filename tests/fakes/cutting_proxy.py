@@ -12,11 +12,15 @@ class CuttingProxy:
         port: The server's.
         cuts: How many of the first connections are cut.
         after: Bytes of a client after which its connection is cut.
+        of_answers: Whether the bytes to the client are counted instead.
     """
 
-    def __init__(self, port: int, *, cuts: int = 0, after: int = 0) -> None:
+    def __init__(
+        self, port: int, *, cuts: int = 0, after: int = 0, of_answers: bool = False
+    ) -> None:
         self._target = port
         self._cuts, self._after = cuts, after
+        self._of_answers = of_answers
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.sent = 0
@@ -39,7 +43,8 @@ class CuttingProxy:
             except OSError:  # the server is away
                 client.close()
                 continue
-            for source, sink, counts in ((client, server, True), (server, client, False)):
+            for source, sink in ((client, server), (server, client)):
+                counts = (source is server) is self._of_answers
                 threading.Thread(
                     target=self._pump, args=(source, sink, counts), daemon=True
                 ).start()

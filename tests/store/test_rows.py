@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, update
 
-from dar.errors import ConflictError
+from dar.errors import ConflictError, NotFoundError
 from dar.protocol.jobs import Forecast
+from dar.protocol.samples import FLAGS, prompt_id_of
 from dar.protocol.worker import Batch
 from fakes.world import World
 from service.store import events, fence, jobs, metrics, outcomes, rows, samples, tables
@@ -240,9 +241,13 @@ def sample(group: int, reward: float | None) -> dict[str, Any]:
 
 
 def groups(world: World, job_id: str, **wanted: Any) -> list[int]:
-    asked = {"step": None, "order": "asc", "limit": 10, "after": None} | wanted
+    found = {
+        name: wanted.pop(name) for name in ("order", "limit", "after", "rewound") if name in wanted
+    }
+    asked = {"order": "asc", "limit": 10, "after": None} | found
+    only = samples.Wanted(**wanted)
     with world.database.read() as transaction:
-        return [row.body["group"] for row in samples.read(transaction, job_id, **asked)]
+        return [row.body["group"] for row in samples.read(transaction, job_id, only, **asked)]
 
 
 def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: World) -> None:
@@ -257,6 +262,65 @@ def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: World) ->
     assert groups(world, job_id, step=2) == []
 
 
+def test_samples_are_found_by_prompt_group_flag_and_reward(world: World) -> None:
+    held = world.running()
+    first = [sample(0, 0.5), sample(1, None), sample(2, -1.0), sample(3, 2.0)]
+    first[1] |= {"reward_status": "skip", "prompt": "other"}
+    first[2]["finish_reason"] = "length"
+    second = [sample(4, None), sample(5, 1.0) | {"prompt": "other"}]
+    say(
+        world,
+        held,
+        {"type": "samples", "seq": 1, "at": 1.0, "step": 1, "samples": first},
+        {"type": "samples", "seq": 2, "at": 1.0, "step": 2, "samples": second},
+    )
+    job_id = held.job.id
+    assert groups(world, job_id, prompt_id=prompt_id_of("other")) == [1, 5]
+    assert groups(world, job_id, group=3) == [3]
+    assert groups(world, job_id, flag="truncated") == [2]
+    assert groups(world, job_id, flag="error") == [4]
+    assert groups(world, job_id, flag="skipped") == [1]
+    assert groups(world, job_id, flag="unscored") == [1, 4]
+    assert groups(world, job_id, min_reward=0.5) == [0, 3, 5]
+    assert groups(world, job_id, min_reward=-1.0, max_reward=0.5, order="-reward") == [0, 2]
+    assert groups(world, job_id, step=2, flag="unscored", prompt_id=prompt_id_of("other")) == []
+    with world.database.read() as transaction:
+        found = samples.read(
+            transaction, job_id, samples.Wanted(), order="asc", limit=10, after=None
+        )
+        for flag in FLAGS:
+            named = [row.body["group"] for row in found if flag in samples.flags(row)]
+            assert groups(world, job_id, flag=flag) == named
+        with pytest.raises(NotFoundError):
+            samples.get(transaction, "another", found[0].id)
+        assert samples.get(transaction, job_id, found[0].id).body["group"] == 0
+
+
+def test_the_completions_of_a_prompt_are_together_whatever_their_order(world: World) -> None:
+    held = world.running()
+    mixed = [sample(group, 1.0) | {"index": index} for index in (1, 0) for group in (2, 0, 1)]
+    for step in (1, 2):
+        row = {"type": "samples", "seq": step, "at": 1.0, "step": step, "samples": mixed}
+        say(world, held, row)
+    with world.database.write() as transaction:
+        older = {"group_number": None, "group_index": None}
+        statement = update(tables.SampleRow).where(tables.SampleRow.step == 1)
+        transaction.execute(statement.where(tables.SampleRow.group_number == 2).values(older))
+    whole, after = list[tuple[int, int, int]](), None
+    while True:
+        with world.database.read() as transaction:
+            page = samples.read(
+                transaction, held.job.id, samples.Wanted(), order="group", limit=5, after=after
+            )
+        if not page:
+            break
+        whole += [(row.step, row.body["group"], row.body["index"]) for row in page]
+        after = page[-1].id
+    second = [(2, group, index) for group in (0, 1, 2) for index in (0, 1)]
+    first = [(1, group, index) for group in (0, 1) for index in (0, 1)]
+    assert whole == [*second, *first, (1, 2, 1), (1, 2, 0)], "older rows have no number"
+
+
 @pytest.mark.parametrize("order", ["asc", "desc", "reward", "-reward", "advantage", "-advantage"])
 def test_pages_of_samples_neither_skip_nor_repeat(world: World, order: str) -> None:
     held = world.running()
@@ -266,7 +330,7 @@ def test_pages_of_samples_neither_skip_nor_repeat(world: World, order: str) -> N
     while True:
         with world.database.read() as transaction:
             page = samples.read(
-                transaction, held.job.id, step=None, order=order, limit=2, after=after
+                transaction, held.job.id, samples.Wanted(), order=order, limit=2, after=after
             )
         if not page:
             break
