@@ -76,12 +76,12 @@ def called(
 ) -> Callable[Concatenate[AsyncResource[Kind], Arguments], Coroutine[Any, Any, Result]]:
     """The twin of a method that makes requests and returns."""
 
-    @functools.wraps(method)
     async def twin(
-        self: AsyncResource[Kind], *args: Arguments.args, **kwargs: Arguments.kwargs
+        self: AsyncResource[Kind], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         return await self._threads.run(lambda: method(self._resource, *args, **kwargs))
 
+    functools.update_wrapper(twin, method)
     return twin
 
 
@@ -90,12 +90,12 @@ def listed(
 ) -> Callable[Concatenate[AsyncResource[Kind], Arguments], AsyncListing[Item]]:
     """The twin of a method that returns a list."""
 
-    @functools.wraps(method)
     def twin(
-        self: AsyncResource[Kind], *args: Arguments.args, **kwargs: Arguments.kwargs
+        self: AsyncResource[Kind], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> AsyncListing[Item]:
         return AsyncListing(method(self._resource, *args, **kwargs), self._threads)
 
+    functools.update_wrapper(twin, method)
     return twin
 
 
@@ -104,14 +104,14 @@ def followed(
 ) -> Callable[Concatenate[AsyncResource[Kind], Arguments], AsyncIterator[Item]]:
     """The twin of a method whose items come over time."""
 
-    @functools.wraps(method)
     def twin(
-        self: AsyncResource[Kind], *args: Arguments.args, **kwargs: Arguments.kwargs
+        self: AsyncResource[Kind], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> AsyncIterator[Item]:
         found = method(self._resource, *args, **kwargs)
         steps = found.steps() if isinstance(found, Following) else found
         return _items(steps, self._threads)
 
+    functools.update_wrapper(twin, method)
     return twin
 
 

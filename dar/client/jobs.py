@@ -43,6 +43,7 @@ class Jobs:
 
     def create(
         self,
+        /,
         spec: JobSpec | Mapping[str, Any] | None = None,
         *,
         idempotency_key: str | None = None,
@@ -71,7 +72,7 @@ class Jobs:
         return self._transport.post(PATH, Job, body=_body(spec, fields), headers=headers)
 
     def validate(
-        self, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
+        self, /, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
     ) -> JobValidation:
         """Check a job without submitting it, with a short probe of its reward services.
 
