@@ -325,8 +325,10 @@ class Jobs:
         watch = Watch(id_of(job_id), on_pause, poll_seconds, timeout_seconds)
         return Following(lambda: watch.steps(lambda: self._fetched(job_id)))
 
-    def _fetched(self, job_id: str | HasId) -> Job:
-        return self._transport.parse(self._transport.send("GET", _path(job_id)), Job)
+    def _fetched(self, job_id: str | HasId) -> Callable[[], Job]:
+        """Asks for a job; what is returned parses the answer."""
+        answer = self._transport.send("GET", _path(job_id))
+        return lambda: self._transport.parse(answer, Job)
 
     def events(
         self,

@@ -27,6 +27,8 @@ REPEAT_SECONDS = 30.0
 OUTAGE_SECONDS = 300.0
 """How long following a job tolerates failures that may pass: jobs continue while a service
 restarts, or while a proxy in front of it does."""
+Fetch = Callable[[], Callable[[], Job]]
+"""Asks for a job, and returns what parses the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class Watch:
         self._poll_seconds = poll_seconds
         self._timeout_seconds = timeout_seconds
 
-    def steps(self, fetch: Callable[[], Job]) -> Iterator[Job | Pause]:
+    def steps(self, fetch: Fetch) -> Iterator[Job | Pause]:
         """The job at the start and after each change, and the pauses between.
 
         Raises:
@@ -106,11 +108,12 @@ class Watch:
         while True:
             pause = self._poll_seconds
             try:
-                job = fetch()
+                parse = fetch()
             except DARError as error:
                 pause = outage.pause(error, pause)
             else:
                 outage.end()
+                job = parse()  # an answer that is no job stays so
                 if job != seen:
                     yield job
                 stalls.note(job)
@@ -158,7 +161,7 @@ def metric_steps(
 
 
 def log_steps(
-    fetch: Callable[[], Job],
+    fetch: Fetch,
     read: Callable[[int | None, int | None], JobLog],
     only: int | None,
     poll_seconds: float,
@@ -177,7 +180,7 @@ def log_steps(
     outage, attempt, size = _Outage(), only, None
     while True:
         try:
-            is_last = fetch().status in TERMINAL
+            is_last = fetch()().status in TERMINAL
             parts = []
             if attempt is not None and size is not None:
                 parts.append(read(attempt, size))

@@ -2,8 +2,12 @@
 
 import asyncio
 import inspect
+import os
+import re
+import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,10 @@ import dar
 from dar.client import AsyncClient, AsyncListing, Client, Listing
 from dar.errors import ConflictError, InvalidRequestError, NotFoundError
 from dar.protocol.jobs import Job
+
+PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+SECTION = PAGE.partition("\n## Errors, retries and limits")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 
 def methods(thing: object) -> dict[str, inspect.Signature]:
@@ -111,3 +119,27 @@ def test_new_metrics_and_log_lines_come_while_a_job_is_followed(
     assert frame.index.name == "step"
     assert frame["dar/rewards_mean"].to_list() == [0.5]
     assert frame["dar/loss"].isna().all()
+
+
+def test_the_examples_about_errors_and_the_asynchronous_client_run(
+    service: Any, prompts: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, as a reader would run them."""
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DAR_API_KEY", service.api_key)
+    monkeypatch.setenv("DAR_BASE_URL", service.url)
+    Path("prompts.jsonl").write_bytes(prompts)
+    names: dict[str, Any] = {}
+    variables = {"DAR_URL": service.url, "DAR_API_KEY": service.api_key, "PATH": os.defpath}
+    for language, text in BLOCKS:
+        if language == "python":
+            used = text.replace('"my-model"', '"tiny"').replace("127.0.0.1:9000", "127.0.0.1:61999")
+            exec(used, names)
+        else:
+            done = subprocess.run(
+                ["bash", "-ec", text], env=variables, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, (text, done.stderr)
+            assert done.stdout
+    names["client"].close()
