@@ -195,7 +195,7 @@ def test_every_route_hides_the_objects_of_another_project(walked: Walked) -> Non
     for route in users_routes():
         if not re.search(r"{(?!model|name)\w+}", route.path):
             continue
-        # A body is read before the object is looked for; this one may be wrong in itself.
+        # A body is read before the object is fetched; this one may be wrong in itself.
         more: dict[str, Any] = {"json": {}} if route.takes_json else {}
         started = time.monotonic()
         answer = walked.send(route, stranger, **more)
