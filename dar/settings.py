@@ -157,7 +157,7 @@ class Settings(BaseSettings):
 
     storage_url: StorageURL | None = None
     """Where uploaded files and checkpoints are kept: ``s3://bucket/prefix``, or a folder; default:
-    ``DAR_ARTIFACTS_DIR``. Folder for one host, bucket for several."""
+    ``DAR_ARTIFACTS_DIR``. Several hosts need a bucket, or a folder that all of them share."""
 
     s3_endpoint: str | None = Field(
         default=None,

@@ -144,8 +144,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/dropped_groups",
         "prompts",
-        "prompts of the step that were left out at first, because fewer than two of their "
-        "completions had a reward",
+        "prompts of the step that were left out at first, because too few of their completions had "
+        "a reward",
     ),
     Metric(
         "rewards/refilled_groups",
