@@ -2,11 +2,10 @@
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from dar import version
 from dar.protocol.job_config import JobConfig, JobIngredients
@@ -95,4 +94,5 @@ def config_of(job: JobRow) -> JobConfig:
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    # A damaged model may have integers of any length, which orjson refuses.
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
