@@ -23,7 +23,7 @@ CHATS = ("prompt", "chosen")
 """Columns that hold a conversation in every row of conversations, whatever its format."""
 MOST_LISTED = 50
 MOST_SCANNED = 64 * 1024**2
-"""Rows that a dry run lists, and bytes that it looks for them in."""
+"""Most rows that a dry run lists, and most bytes of the file that it reads for that."""
 FileParam = Literal["training_file", "validation_file"]
 Columns = Mapping[str, Mapping[str, int | None]]
 """See `Dataset.columns`."""
