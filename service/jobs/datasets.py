@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal
 
 from dar.errors import Problem
 from dar.protocol.reward_spec import RewardComponent
-from dar.protocol.row_files import invalid_file, lines_of, read_lines
+from dar.protocol.row_files import invalid_file, lines_of, parse_row, read_lines
 from dar.protocol.rows import KINDS, REWARD_COLUMNS
 from dar.protocol.spec import JobSpec
 from dar.rewards.builtins.registry import make_builtin
@@ -21,6 +21,9 @@ from dar.rewards.from_spec import PATH
 
 CHATS = ("prompt", "chosen")
 """Columns that hold a conversation in every row of conversations, whatever its format."""
+MOST_LISTED = 50
+MOST_SCANNED = 64 * 1024**2
+"""Most rows that a dry run lists, and most bytes of the file that it reads for that."""
 FileParam = Literal["training_file", "validation_file"]
 Columns = Mapping[str, Mapping[str, int | None]]
 """See `Dataset.columns`."""
@@ -152,21 +155,55 @@ def _completions(columns: Columns, param: FileParam) -> list[Problem]:
 def _missing_columns(
     components: Iterable[RewardComponent], columns: Columns, param: FileParam
 ) -> Iterator[Problem]:
+    for path, name in _unfilled(components, columns):
+        row = columns[name]["missing"] if name in columns else 1
+        assert row is not None  # it is not filled
+        yield _missing(columns, name, row, path if param == "training_file" else param, param)
+
+
+def _unfilled(components: Iterable[RewardComponent], columns: Columns) -> Iterator[tuple[str, str]]:
+    """The columns that a component reads and that lack a value in some row, with their places."""
     for index, component in enumerate(components):
         for place, name in _columns_of(component):
-            row = columns[name]["missing"] if name in columns else 1
+            is_filled = name in columns and columns[name]["missing"] is None
             # A builtin skips a prompt without a value. Without the column it would skip all.
-            if row is None or (component.kind == "builtin" and name in columns):
-                continue
-            path = f"{PATH}.components[{index}].{place}"
-            there = ", ".join(common_columns(columns))
-            yield Problem(
-                f"row {row} of the {_words(param)} has no value for {name!r}; every row has: "
-                f"{there}",
-                path if param == "training_file" else param,
-                "missing_column",
-                row,
-            )
+            if not is_filled and not (component.kind == "builtin" and name in columns):
+                yield f"{PATH}.components[{index}].{place}", name
+
+
+def _missing(columns: Columns, name: str, row: int, place: str, param: FileParam) -> Problem:
+    there = ", ".join(common_columns(columns))
+    return Problem(
+        f"row {row} of the {_words(param)} has no value for {name!r}; every row has: {there}",
+        place,
+        "missing_column",
+        row,
+    )
+
+
+def rows_without(spec: JobSpec, columns: Columns, source: BinaryIO) -> Iterator[Problem]:
+    """Every row of the training file that lacks a value which the job's rewards need.
+
+    At most `MOST_LISTED` of them, in the first `MOST_SCANNED` bytes. A column that no row has is
+    left out: `check_for` names it.
+
+    Args:
+        spec: Spec of the job.
+        columns: Columns of the file.
+        source: The file, which was checked at its upload.
+    """
+    components = () if spec.dar.rewards is None else spec.dar.rewards.components
+    wanted = [(place, name) for place, name in _unfilled(components, columns) if name in columns]
+    scanned = listed = 0
+    for number, line in enumerate(lines_of(source) if wanted else (), start=1):
+        scanned += len(line)
+        if listed >= MOST_LISTED or scanned > MOST_SCANNED:
+            return
+        row = parse_row(line) if line.strip() else None
+        for place, name in wanted:
+            if row is not None and row.get(name) is None:
+                listed += 1
+                yield _missing(columns, name, number, place, "training_file")
 
 
 def _columns_of(component: RewardComponent) -> list[tuple[str, str]]:
