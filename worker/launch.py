@@ -63,7 +63,7 @@ class Launch(BaseModel):
     """The attempt's folder."""
     job_id: str
     request_id: str | None = None
-    """Of the request that submitted the job; its log has it."""
+    """Of the request that submitted the job, for the log."""
     spec: JobSpec
     seed: int
     total_steps: int
