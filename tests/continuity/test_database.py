@@ -29,11 +29,13 @@ ADDED = {
         "forecast",
         "hyperparameters",
         "is_stoppable",
+        "links.stream",
         "method",
         "progress.calibration_completions",
         "progress.calibration_tokens",
     },
     "fine_tuning.job.checkpoint": {"is_best", "is_pinned", "reward"},
+    "fine_tuning.job.sample": {"prompt_id"},
     "model": {"created"},
 }
 """Type of an object -> the fields that it shows besides those of the stored views.
