@@ -268,6 +268,10 @@ class Settings(BaseSettings):
     """Size limit of the samples of all jobs, in bytes. The oldest are deleted first, and the best
     and worst of each step last."""
 
+    job_samples_bytes: Bytes = 1024**3
+    """Size limit of the samples of one job, in bytes. The oldest are deleted first, and the best
+    and worst of each step last."""
+
     metrics_kept_days: Days = 0.0
     """Days after a job's end after which its metrics are deleted; 0: they are kept."""
 
