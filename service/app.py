@@ -19,6 +19,7 @@ from service.api import (
     attempts,
     checkpoints,
     events,
+    file_uploads,
     files,
     graders,
     health,
@@ -60,7 +61,19 @@ from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, attempts, events, logs, metrics, samples, reward_stats, checkpoints, models),
+    *(
+        files,
+        file_uploads,
+        jobs,
+        attempts,
+        events,
+        logs,
+        metrics,
+        samples,
+        reward_stats,
+        checkpoints,
+        models,
+    ),
     *(
         reward_endpoints,
         graders,

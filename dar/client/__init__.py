@@ -21,6 +21,7 @@ models: models that a job may start from.
 paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
 reward_secret: the secret for requests to reward services that jobs name by URL.
+uploads: training files that are sent in parts.
 workers: workers of the installation.
 """
 

@@ -22,6 +22,7 @@ from service.background.waker import Waker
 from service.store import (
     checkpoints,
     fence,
+    file_uploads,
     files,
     leases,
     reward_requests,
@@ -302,6 +303,22 @@ class Reconciler(PeriodicThread):
         for file_id in set(old) - known:
             self._artifacts.remove_file(file_id)
         self._remove_orphans()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Remove the parts of uploads that have ended, and parts without a row."""
+        with self._database.write() as transaction:
+            file_uploads.expire(transaction)
+            ended = file_uploads.ended_with_parts(transaction)
+        for upload_id in ended:
+            self._artifacts.remove_parts(upload_id)
+            with self._database.write() as transaction:
+                file_uploads.forget_parts(transaction, upload_id)
+        old = self._artifacts.old_parts()
+        with self._database.read() as transaction:
+            known = file_uploads.known_parts(transaction, list(old))
+        for part_id in old.keys() - known:
+            self._artifacts.remove_part(old[part_id], part_id)
 
     def _remove_orphans(self) -> None:
         """Remove folders of checkpoints without a row, as a late upload leaves them."""

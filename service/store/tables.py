@@ -88,6 +88,44 @@ class FileRow(Base):
     created_at: Mapped[datetime]
 
 
+class FileUploadRow(Base):
+    """A training file that arrives in parts."""
+
+    __tablename__ = "file_uploads"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('pending', 'completed', 'cancelled', 'expired')", name="status"
+        ),
+        Index(None, "status", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    filename: Mapped[str] = mapped_column(String(256))
+    purpose: Mapped[str] = mapped_column(String(32))
+    mime_type: Mapped[str] = mapped_column(String(256))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[str] = mapped_column(String(12))
+    file_id: Mapped[str | None] = mapped_column(Id)
+    """The file that it has become; the file may have been deleted since."""
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class FileUploadPartRow(Base):
+    """A part of an upload. Its content is in the artifact store until the upload has ended."""
+
+    __tablename__ = "file_upload_parts"
+    __table_args__ = (Index(None, "upload_id", "created_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("file_uploads.id"))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+
+
 class JobRow(Base):
     """A training job. This row is its only state; the broker and the workers follow it."""
 
