@@ -455,6 +455,7 @@ class CheckpointRow(Base):
         UniqueConstraint("job_id", "attempt", "step"),
         Index(None, "status"),
         Index(None, "name"),
+        Index(None, "expires_at"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -481,6 +482,8 @@ class CheckpointRow(Base):
     reward: Mapped[float | None] = mapped_column(Float(53))
     kl: Mapped[float | None] = mapped_column(Float(53))
     is_pinned: Mapped[bool] = mapped_column(default=False)
+    expires_at: Mapped[datetime | None]
+    """When it is removed, unless it is pinned, promoted or needed; null: never for its age."""
 
     @hybrid_property
     def is_whole(self) -> bool:
@@ -491,6 +494,19 @@ class CheckpointRow(Base):
     @classmethod
     def _is_whole(cls) -> ColumnElement[bool]:
         return and_(cls.status == "available", cls.damage.is_(None))
+
+
+class ModelAliasRow(Base):
+    """A name that a user has given to a checkpoint, which is a model by this name."""
+
+    __tablename__ = "model_aliases"
+    __table_args__ = (Index(None, "checkpoint_id"),)
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"))
+    created_at: Mapped[datetime]
+    """When it was given to this checkpoint."""
 
 
 class StorageIdRow(Base):

@@ -33,7 +33,7 @@ ADDED = {
         "progress.calibration_completions",
         "progress.calibration_tokens",
     },
-    "fine_tuning.job.checkpoint": {"is_best", "is_pinned", "reward"},
+    "fine_tuning.job.checkpoint": {"aliases", "expires_at", "is_best", "is_pinned", "reward"},
     "model": {"created"},
 }
 """Type of an object -> the fields that it shows besides those of the stored views.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dar import Client
 from fakes.live_service import Live
 
 PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
@@ -16,6 +17,22 @@ PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
 
 def test_the_examples_about_files_run(documented: Callable[..., None]) -> None:
     documented("Files and uploads")
+
+
+def test_the_examples_about_checkpoints_and_models_run(
+    live: Live, documented: Callable[..., None]
+) -> None:
+    job_id, lease = live.running()
+    checkpoint_id = lease.checkpoint(4)
+    ended = lease.post("/complete", last_seq=lease.seq, checkpoint_id=checkpoint_id)
+    assert ended.status_code == 200, ended.text
+    client = Client()
+    url = f"{client.base_url}/v1"
+    given = {"client": client, "job": client.jobs.retrieve(job_id)}
+    documented("Checkpoints and models", **given, url=url, key=live.key("api_key"))
+    assert Path("weights/model.safetensors").read_bytes() == b"weights"
+    assert Path("model/model.safetensors").read_bytes() == b"weights"
+    assert Path("model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.fixture
