@@ -20,6 +20,7 @@ from service.api import (
     checkpoints,
     events,
     file_uploads,
+    file_validation,
     files,
     graders,
     health,
@@ -64,6 +65,7 @@ ROUTERS = (
     *(
         files,
         file_uploads,
+        file_validation,
         jobs,
         attempts,
         events,

@@ -107,6 +107,16 @@ def common_columns(columns: Columns) -> list[str]:
     return sorted(name for name, seen in columns.items() if seen["missing"] is None)
 
 
+def uses_of(columns: Columns) -> list[Literal["rewards", "stored_completions"]]:
+    """For which jobs a file can be used: with rewards, or without, on stored completions."""
+    uses: list[Literal["rewards", "stored_completions"]] = []
+    if columns and not _filled(KINDS, columns):
+        uses.append("rewards")
+    if columns and not _offline_problems(columns, "training_file"):
+        uses.append("stored_completions")
+    return uses
+
+
 def first_chat(columns: Columns) -> int | None:
     """The first row that holds a conversation; None if no row does."""
     rows = (columns[name].get("chat") for name in CHATS if name in columns)

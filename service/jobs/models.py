@@ -103,6 +103,12 @@ def _others(root: Path, name: str, made: Sequence[str]) -> str:
     )
 
 
+def folder_of(settings: Settings, name: str) -> Path | None:
+    """The folder of a model of the installation; None: there is none, or it has links out of it."""
+    found = _folder(settings.models_path, name)
+    return None if found is None or link_out_of(found) is not None else found
+
+
 def check_reward_models(settings: Settings, rewards: Rewards) -> None:
     """Check that each reward model is a folder under the models directory, or an allowed hub id.
 
