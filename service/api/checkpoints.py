@@ -103,7 +103,8 @@ def promote_checkpoint(
     submitted with it go on with the checkpoint that they have.
     """
     with runtime.database.write() as transaction:
-        job = jobs.get(transaction, user.project_id, job_id)
+        # Deletions lock in this order too: first the job, then its checkpoints.
+        job = jobs.locked(transaction, user.project_id, job_id)
         checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
         made = models.promote(
             transaction, runtime.settings, user.project_id, checkpoint, body.alias

@@ -106,6 +106,7 @@ def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Delet
     return Deleted(id=file_id, object="file", deleted=True)
 
 
+@router.head("/{file_id}/content", response_class=Response, include_in_schema=False)
 @router.get("/{file_id}/content", response_class=Response, responses=downloads.ANSWERS)
 def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: Reader) -> Response:
     """The content of the file, or one range of it."""
