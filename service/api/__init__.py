@@ -10,6 +10,8 @@ metrics: metrics of a job.
 samples: completions of a job that were kept.
 checkpoints: checkpoints of a job and their files, for users.
 files: uploaded training files.
+file_validation: what is in a stored training file, and what it can be used for.
+file_uploads: training files that users send in parts.
 models: models that a job may start from.
 graders: graders in OpenAI's shape.
 reward_endpoints: registered reward services: create, change, rotate secrets, probe.

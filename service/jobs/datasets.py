@@ -1,15 +1,14 @@
 """Checks of uploaded files: JSONL of prompts, or of completions with rewards, and other columns.
 
 One pass over the file finds all problems (the first `MAX_PROBLEMS` of `dar.protocol.row_files` are
-reported), copies it and hashes it. The file is never held in memory.
+reported) and hashes it. The file is never held in memory.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from dar.errors import Problem
 from dar.protocol.reward_spec import RewardComponent
@@ -75,37 +74,32 @@ class UploadCancelledError(Exception):
     """The client has left while its file was checked."""
 
 
-def store(source: BinaryIO, target: Path, is_cancelled: Callable[[], bool]) -> Dataset:
-    """Copy an upload to ``target``, durably, and check every row.
+def examine(path: Path, is_cancelled: Callable[[], bool]) -> Dataset:
+    """Check every row of a file, and hash it.
 
     Args:
-        source: The upload.
-        target: Where it is copied to.
+        path: The file.
         is_cancelled: Polled at each row.
 
     Raises:
-        InvalidRequestError: A row is invalid, or the file has no rows; ``target`` is removed.
+        InvalidRequestError: A row is invalid, or the file has no rows.
         UploadCancelledError: ``is_cancelled`` returned true.
     """
     found, problems, digest = Dataset(), list[Problem](), hashlib.sha256()
-    with target.open("wb") as copy:
+    with path.open("rb") as file:
 
         def lines() -> Iterator[bytes]:
-            for line in lines_of(source):
+            for line in lines_of(file):
                 if is_cancelled():
                     raise UploadCancelledError
                 if not problems:  # a file with problems is not kept
-                    copy.write(line)
                     digest.update(line)
                     found.bytes += len(line)
                 yield line
 
         for row in read_lines(lines(), problems):
             found.add(row)
-        copy.flush()
-        os.fsync(copy.fileno())
     if problems:
-        target.unlink()
         raise invalid_file(problems, end="; nothing was stored")
     found.sha256 = digest.hexdigest()
     return found
@@ -114,6 +108,16 @@ def store(source: BinaryIO, target: Path, is_cancelled: Callable[[], bool]) -> D
 def common_columns(columns: Columns) -> list[str]:
     """Names of the columns that every row has."""
     return sorted(name for name, seen in columns.items() if seen["missing"] is None)
+
+
+def uses_of(columns: Columns) -> list[Literal["rewards", "stored_completions"]]:
+    """For which jobs a file can be used: with rewards, or without, on stored completions."""
+    uses: list[Literal["rewards", "stored_completions"]] = []
+    if columns and not _filled(KINDS, columns):
+        uses.append("rewards")
+    if columns and not _offline_problems(columns, "training_file"):
+        uses.append("stored_completions")
+    return uses
 
 
 def first_chat(columns: Columns) -> int | None:

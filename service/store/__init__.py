@@ -26,7 +26,9 @@ deletion: jobs, checkpoints and models that a user deletes.
 retention: what is older or larger than the settings allow, and the rows of deleted jobs.
 events: events of a job.
 files: uploaded files.
+file_uploads: files that arrive in parts.
 keys: API keys and their project.
+promotions: names that users give to checkpoints.
 project_secrets: secrets that sign requests to inline reward URLs, one for each project.
 metrics: metrics of a job.
 logs: the ends of trainers' logs.

@@ -42,6 +42,7 @@ from service.store.tables import (
     JobInputRow,
     JobRow,
     MetricRow,
+    ModelAliasRow,
     RewardFailureRow,
     SampleRow,
     SpoolRow,
@@ -307,10 +308,10 @@ def old_jobs(
 
 
 def _is_old(transaction: Transaction, settings: Settings) -> ColumnElement[bool]:
-    """Whether a job ended too long ago, and has no pinned checkpoint."""
+    """Whether a job ended too long ago, and has no checkpoint that a user keeps."""
     cutoff = transaction.now - timedelta(days=settings.jobs_kept_days)
-    pinned = select(CheckpointRow.job_id).where(checkpoints.is_kept_by_pin()).correlate(None)
-    return and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id.not_in(pinned))
+    kept = select(CheckpointRow.job_id).where(checkpoints.is_kept_by_user()).correlate(None)
+    return and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id.not_in(kept))
 
 
 # --- deleted jobs ---
@@ -343,9 +344,10 @@ def purge(transaction: Transaction, job_ids: Collection[str]) -> bool:
     deleted = select(JobRow.id).where(JobRow.id.in_(job_ids), JobRow.deleted_at.is_not(None))
     ids = transaction.scalars(deleted.order_by(JobRow.id).with_for_update()).all()
     of_job = select(CheckpointRow.id).where(CheckpointRow.job_id.in_(ids))
-    inputs = JobInputRow.__table__
+    inputs, aliases = JobInputRow.__table__, ModelAliasRow.__table__
     if _delete_rows(transaction, inputs, JobInputRow.checkpoint_id.in_(of_job)) >= CHUNK:
         return False
+    _delete_rows(transaction, aliases, ModelAliasRow.checkpoint_id.in_(of_job))
     for table in reversed(Base.metadata.sorted_tables):
         column = _job_column(table)
         if column is not None and _delete_rows(transaction, table, column.in_(ids)) >= CHUNK:

@@ -39,7 +39,7 @@ ADDED = {
         "progress.calibration_tokens",
         "usage",
     },
-    "fine_tuning.job.checkpoint": {"is_best", "is_pinned", "reward"},
+    "fine_tuning.job.checkpoint": {"aliases", "expires_at", "is_best", "is_pinned", "reward"},
     "fine_tuning.job.sample": {"prompt_id"},
     "model": {"created"},
 }
