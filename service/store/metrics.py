@@ -184,18 +184,15 @@ def series_of(rows: Sequence[Any], names: Collection[str] | None = None) -> dict
                 is_wanted = wanted is None or shown in wanted
                 stored[name] = series.setdefault(shown, Points()) if is_wanted else None
             points = stored[name]
-            if points is not None:
-                _put(points, step, at, value)
+            if points is None:
+                continue
+            if points.step and points.step[-1] == step:
+                points.at[-1], points.value[-1] = at, value
+            else:
+                points.step.append(step)
+                points.value.append(value)
+                points.at.append(at)
     return series
-
-
-def _put(points: Points, step: int, at: float, value: float | None) -> None:
-    if points.step and points.step[-1] == step:
-        points.at[-1], points.value[-1] = at, value
-        return
-    points.step.append(step)
-    points.at.append(at)
-    points.value.append(value)
 
 
 def _rows(
