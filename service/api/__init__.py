@@ -6,7 +6,7 @@ attempts: attempts of a job, and whose fault each failure was.
 events: events of a job, also as a long poll.
 stream: all events of a job as server-sent events.
 logs: the ends of trainers' logs.
-metrics: metrics of a job.
+metrics: metrics of a job, as columns or tables, and of several jobs.
 samples: completions of a job that were kept.
 checkpoints: checkpoints of a job and their files, for users.
 files: uploaded training files.

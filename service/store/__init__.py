@@ -31,6 +31,7 @@ keys: API keys and their project.
 promotions: names that users give to checkpoints.
 project_secrets: secrets that sign requests to inline reward URLs, one for each project.
 metrics: metrics of a job.
+metric_rollups: extremes of metrics in buckets of steps, for charts of long jobs.
 logs: the ends of trainers' logs.
 samples: completions of a job that were kept.
 reward_endpoints: registered reward services.

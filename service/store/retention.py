@@ -41,6 +41,7 @@ from service.store.tables import (
     JobEventRow,
     JobInputRow,
     JobRow,
+    MetricRollupRow,
     MetricRow,
     ModelAliasRow,
     RewardFailureRow,
@@ -88,6 +89,7 @@ RULES = (
     Rule("reward_failures", "events_kept_days", RewardFailureRow, (RewardFailureRow.job_id,)),
     Rule("trainer_logs", "events_kept_days", TrainerLogRow, (TrainerLogRow.job_id,)),
     Rule("samples", "samples_kept_days", SampleRow, (SampleRow.job_id,)),
+    Rule("metric_rollups", "metrics_kept_days", MetricRollupRow, (MetricRollupRow.job_id,)),
     Rule("metrics", "metrics_kept_days", MetricRow, (MetricRow.job_id,)),
     Rule("digests", "digests_kept_days", SpoolRow, (SpoolRow.job_id, SpoolRow.attempt)),
 )

@@ -415,6 +415,21 @@ class MetricRow(Base):
     values_json: Mapped[str] = mapped_column(Text)
 
 
+class MetricRollupRow(Base):
+    """The extremes of all series of an attempt in one bucket of steps."""
+
+    __tablename__ = "metric_rollups"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    level: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """The bucket has ``2**level`` steps."""
+    bucket: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Its first step / ``2**level``."""
+    extremes_json: Mapped[str] = mapped_column(Text)
+    """``Extremes`` of `service.store.metric_rollups` by the name of the series."""
+
+
 class SampleRow(Base):
     """A completion kept for viewing."""
 
