@@ -26,14 +26,14 @@ class Stack:
     client: Client
 
 
-def wait_until_up(url: str, seconds: float = 60.0) -> None:
-    """Wait for the service.
+def wait_until_up(url: str, seconds: float = 60.0, path: str = "/readyz") -> None:
+    """Wait for a service.
 
     Raises:
         TimeoutError: It did not answer in time.
     """
     deadline = time.monotonic() + seconds
-    while not answers(f"{url}/readyz"):
+    while not answers(f"{url}{path}"):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{url} did not come up")
         time.sleep(0.1)

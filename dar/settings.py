@@ -157,7 +157,7 @@ class Settings(BaseSettings):
 
     storage_url: StorageURL | None = None
     """Where uploaded files and checkpoints are kept: ``s3://bucket/prefix``, or a folder; default:
-    ``DAR_ARTIFACTS_DIR``. Folder for one host, bucket for several."""
+    ``DAR_ARTIFACTS_DIR``. Several hosts need a bucket, or a folder that all of them share."""
 
     s3_endpoint: str | None = Field(
         default=None,
@@ -266,6 +266,10 @@ class Settings(BaseSettings):
 
     samples_bytes: Bytes = 20 * 1024**3
     """Size limit of the samples of all jobs, in bytes. The oldest are deleted first, and the best
+    and worst of each step last."""
+
+    job_samples_bytes: Bytes = 1024**3
+    """Size limit of the samples of one job, in bytes. The oldest are deleted first, and the best
     and worst of each step last."""
 
     metrics_kept_days: Days = 0.0

@@ -19,6 +19,8 @@ from service.api import (
     attempts,
     checkpoints,
     events,
+    file_uploads,
+    file_validation,
     files,
     graders,
     health,
@@ -65,6 +67,8 @@ from service.telemetry import MAX_JOBS, Telemetry
 ROUTERS = (
     *(
         files,
+        file_uploads,
+        file_validation,
         jobs,
         attempts,
         events,

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ FREE_FACTOR = 2
 """Leaves room for concurrent uploads, each of which checks only its own size."""
 FILES = "files/"
 CHECKPOINTS = "checkpoints/"
+PARTS = "uploads/"
 
 _CHECKPOINT = re.compile(
     r"checkpoints/(?P<job>[^/]+)/attempt-(?P<attempt>\d+)/(?:\.tmp-)?step-(?P<step>\d+)"
@@ -128,6 +129,43 @@ class Artifacts:
         """Ids of files that are older than any upload still in progress."""
         found = ((one.key.removeprefix(FILES), one) for one in self.storage.entries(FILES))
         return [name for name, entry in found if "/" not in name and entry.is_old]
+
+    # --- parts of uploaded files ---
+
+    def _part(self, upload_id: str, part_id: str) -> str:
+        return f"{PARTS}{upload_id}/{part_id}"
+
+    def keep_part(self, upload_id: str, part_id: str, path: Path) -> None:
+        """Store a part of an upload, durably."""
+        self.storage.put_file(self._part(upload_id, part_id), path)
+
+    def read_part(self, upload_id: str, part_id: str) -> Iterator[bytes]:
+        """The content of a part.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
+        return self.storage.read(self._part(upload_id, part_id))
+
+    def remove_part(self, upload_id: str, part_id: str) -> None:
+        self.storage.remove(self._part(upload_id, part_id))
+
+    def remove_parts(self, upload_id: str) -> None:
+        """Remove all parts of an upload. Idempotent.
+
+        Raises:
+            OSError: Some of them are left; call it again.
+        """
+        self.storage.remove_all(f"{PARTS}{upload_id}/")
+
+    def old_parts(self) -> Mapping[str, str]:
+        """Parts that are older than any that is still being stored: their uploads by id."""
+        found = {}
+        for entry in self.storage.entries(PARTS):
+            upload_id, _, part_id = entry.key.removeprefix(PARTS).partition("/")
+            if entry.is_old:
+                found[part_id] = upload_id
+        return found
 
     # --- checkpoints ---
 

@@ -62,6 +62,8 @@ class Launch(BaseModel):
     folder: Path
     """The attempt's folder."""
     job_id: str
+    request_id: str | None = None
+    """Of the request that submitted the job, for the log."""
     spec: JobSpec
     seed: int
     total_steps: int

@@ -71,7 +71,10 @@ def create(
 
 @keys_app.command("list")
 def list_keys(json: AsJSON = False) -> None:
-    """List all keys with their state and last use, newest first; never the keys themselves."""
+    """List the project's keys and those of workers, with their state and last use, newest first.
+
+    The keys themselves are never shown.
+    """
     with import_module("dar.client").Client() as client:
         for key in client.api_keys.list():
             typer.echo(key.model_dump_json() if json else _line(key))

@@ -24,6 +24,7 @@ paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
 reward_secret: the secret for requests to reward services that jobs name by URL.
 stream: the stream of a job, opened again after a break.
+uploads: training files that are sent in parts.
 waiting: following a job by polling: until it ends, its new metrics, its growing log.
 workers: workers of the installation.
 """

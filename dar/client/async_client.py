@@ -16,6 +16,7 @@ from dar.client.jobs import Jobs
 from dar.client.models import Models
 from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.reward_secret import OwnRewardSecret
+from dar.client.uploads import Uploads
 from dar.client.waiting import OnPause, ended
 from dar.client.workers import Workers
 from dar.protocol.jobs import Job
@@ -29,7 +30,19 @@ class AsyncFiles(AsyncResource[Files]):
     list = listed(Files.list)
     retrieve = called(Files.retrieve)
     content = called(Files.content)
+    validate = called(Files.validate)
     delete = called(Files.delete)
+
+
+class AsyncUploads(AsyncResource[Uploads]):
+    """Files that are sent in parts: ``client.uploads``."""
+
+    upload_file = called(Uploads.upload_file)
+    create = called(Uploads.create)
+    retrieve = called(Uploads.retrieve)
+    create_part = called(Uploads.create_part)
+    complete = called(Uploads.complete)
+    cancel = called(Uploads.cancel)
 
 
 class AsyncJobs(AsyncResource[Jobs]):
@@ -57,6 +70,9 @@ class AsyncJobs(AsyncResource[Jobs]):
     log = called(Jobs.log)
     follow_log = followed(Jobs.follow_log)
     metrics = called(Jobs.metrics)
+    export_metrics = called(Jobs.export_metrics)
+    metric_names = called(Jobs.metric_names)
+    compare_metrics = called(Jobs.compare_metrics)
     stream_metrics = followed(Jobs.stream_metrics)
     reward_stats = called(Jobs.reward_stats)
     reward_failures = listed(Jobs.reward_failures)
@@ -92,6 +108,8 @@ class AsyncCheckpoints(AsyncResource[Checkpoints]):
     retrieve = called(Checkpoints.retrieve)
     pin = called(Checkpoints.pin)
     unpin = called(Checkpoints.unpin)
+    update = called(Checkpoints.update)
+    promote = called(Checkpoints.promote)
     delete = called(Checkpoints.delete)
     download = called(Checkpoints.download)
 
@@ -101,6 +119,7 @@ class AsyncModels(AsyncResource[Models]):
 
     list = listed(Models.list)
     retrieve = called(Models.retrieve)
+    download = called(Models.download)
     delete = called(Models.delete)
 
 
@@ -176,6 +195,8 @@ class AsyncClient:
         self._threads = Threads()
         self.files = AsyncFiles(self._client.files, self._threads)
         """Training files."""
+        self.uploads = AsyncUploads(self._client.uploads, self._threads)
+        """Training files that are sent in parts."""
         self.jobs = AsyncJobs(self._client.jobs, self._threads)
         """Training jobs, their metrics, samples and events."""
         self.checkpoints = AsyncCheckpoints(self._client.checkpoints, self._threads)

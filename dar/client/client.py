@@ -14,6 +14,7 @@ from dar.client.models import Models
 from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.reward_secret import OwnRewardSecret
 from dar.client.transport import Transport
+from dar.client.uploads import Uploads
 from dar.client.workers import Workers
 from dar.errors import ConfigurationError
 from dar.protocol.retention import RetentionPreview
@@ -74,6 +75,8 @@ class Client:
         )
         self.files = Files(self._transport)
         """Training files."""
+        self.uploads = Uploads(self._transport)
+        """Training files that are sent in parts."""
         self.jobs = Jobs(self._transport)
         """Training jobs, their metrics, samples and events."""
         self.checkpoints = Checkpoints(self._transport)

@@ -12,6 +12,7 @@ from dar.client.paging import Listing
 from dar.client.transport import Transport
 from dar.errors import DARError
 from dar.protocol.base import Deleted, Page
+from dar.protocol.file_validation import FileValidation
 from dar.protocol.files import File
 
 PATH = "/files"
@@ -87,6 +88,20 @@ class Files:
                 f"the file {in_path(file_id)} arrived altered: its SHA-256 differs; try again"
             )
         return answer.content
+
+    def validate(self, file_id: str | HasId, *, model: str | None = None) -> FileValidation:
+        """Read a file again: its columns, how long its prompts are, which jobs can train on it.
+
+        Args:
+            file_id: The file.
+            model: A model of the installation whose tokens are counted.
+
+        Raises:
+            ConflictError: The content is damaged in the store.
+        """
+        path = f"{PATH}/{in_path(file_id)}/validate"
+        answer = self._transport.send("POST", path, params={"model": model})
+        return self._transport.parse(answer, FileValidation)
 
     def delete(self, file_id: str | HasId) -> Deleted:
         """Delete a file.

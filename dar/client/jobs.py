@@ -23,7 +23,7 @@ from dar.protocol.events import Event
 from dar.protocol.job_config import JobConfig
 from dar.protocol.job_validation import JobValidation
 from dar.protocol.jobs import Attempt, Job, JobLog, LogLevel
-from dar.protocol.metrics import Metrics
+from dar.protocol.metrics import JobMetrics, Metrics, ReportedMetric
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample, SampleFlag
 from dar.protocol.spec import JobSpec
@@ -482,12 +482,14 @@ class Jobs:
         after: str | None = None,
         from_step: int | None = None,
         to_step: int | None = None,
+        max_points: int | None = None,
         rewound: bool = False,
     ) -> Metrics:
         """The series of a job, each with its own steps.
 
             metrics = client.jobs.metrics(job.id, names=["dar/rewards_mean"])
             newer = client.jobs.metrics(job.id, names=["dar/rewards_mean"], after=metrics.cursor)
+            chart = client.jobs.metrics(job.id, max_points=1000)
 
         Args:
             job_id: The job.
@@ -496,16 +498,13 @@ class Jobs:
                 response has ``rewound_to``, drop the later steps of earlier responses first.
             from_step: First step to return.
             to_step: Last step to return.
+            max_points: Most points of a series. Of a longer one, each bucket of ``resolution``
+                steps keeps its least and its greatest value; default: all points.
             rewound: Whether to return what earlier attempts reported of steps after the checkpoint
                 from which a later attempt started, too, as ``rewound``.
         """
-        params = {
-            "names": None if names is None else ",".join(texts("names", names)),
-            "after": after,
-            "from_step": from_step,
-            "to_step": to_step,
-            "rewound": rewound or None,
-        }
+        params = _points(names, from_step, to_step, max_points)
+        params |= {"after": after, "rewound": rewound or None}
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
     def stream_metrics(
@@ -535,6 +534,62 @@ class Jobs:
             return self.metrics(job_id, names=names, after=cursor)
 
         return Following(lambda: metric_steps(read, after, poll_seconds))
+
+    def export_metrics(
+        self,
+        job_id: str | HasId,
+        *,
+        format: Literal["csv", "jsonl"] = "csv",
+        names: str | Sequence[str] | None = None,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        max_points: int | None = None,
+    ) -> str:
+        """The series of a job as text, a line for each point: name, step, value, at.
+
+            Path("metrics.csv").write_text(client.jobs.export_metrics(job.id))
+
+        Args:
+            job_id: The job.
+            format: ``csv``, with a line of column names first, or ``jsonl``.
+            names: Names of series, or a single one; default: all.
+            from_step: First step to return.
+            to_step: Last step to return.
+            max_points: Most points of a series, as in `metrics`.
+        """
+        params = _points(names, from_step, to_step, max_points) | {"format": format}
+        return self._transport.send("GET", f"{_path(job_id)}/metrics", params=params).text
+
+    def metric_names(self, job_id: str | HasId) -> Sequence[ReportedMetric]:
+        """The metrics that a job has reported, with unit, meaning and extremes so far."""
+        path = f"{_path(job_id)}/metrics/names"
+        return self._transport.get(path, Page[ReportedMetric]).data
+
+    def compare_metrics(
+        self,
+        job_ids: Sequence[str | HasId],
+        *,
+        names: str | Sequence[str] | None = None,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        max_points: int | None = None,
+    ) -> Sequence[JobMetrics]:
+        """The series of several jobs, in one request.
+
+            for one in client.jobs.compare_metrics([first, second], names="dar/rewards_mean"):
+                print(one.job_id, one.series["dar/rewards_mean"].value[-1])
+
+        Args:
+            job_ids: At most 20 jobs; the result is in their order.
+            names: Names of series, or a single one; default: all.
+            from_step: First step to return.
+            to_step: Last step to return.
+            max_points: Most points of a series, as in `metrics`.
+        """
+        params = _points(names, from_step, to_step, max_points)
+        given = [job_ids] if isinstance(job_ids, str) else job_ids
+        params["ids"] = ",".join(id_of(one) for one in given)
+        return self._transport.get("/fine_tuning/metrics", Page[JobMetrics], params).data
 
     def reward_stats(self, job_id: str | HasId) -> RewardStats:
         """Counts of scored, skipped and failed samples, and statistics of each reward service."""
@@ -624,6 +679,21 @@ def _body(spec: JobSpec | Mapping[str, Any] | None, fields: Mapping[str, object]
         else mapping("spec", spec or {})
     )
     return {**given, **fields}
+
+
+def _points(
+    names: str | Sequence[str] | None,
+    from_step: int | None,
+    to_step: int | None,
+    max_points: int | None,
+) -> dict[str, Any]:
+    """Parameters that choose points of series."""
+    return {
+        "names": None if names is None else ",".join(texts("names", names)),
+        "from_step": from_step,
+        "to_step": to_step,
+        "max_points": max_points,
+    }
 
 
 def _path(job_id: str | HasId) -> str:

@@ -6,6 +6,8 @@ api_keys: API keys, and requests for new ones.
 base: base classes and common types of all models.
 checkpoints: checkpoints, their manifests and files.
 events: events of a job.
+file_uploads: training files that are sent in parts.
+file_validation: what is in a training file.
 files: uploaded files.
 graders: graders in the shape of OpenAI.
 health: responses of the health checks.

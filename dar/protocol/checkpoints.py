@@ -83,5 +83,25 @@ class Checkpoint(Output):
     is_best: bool = False
     is_pinned: bool = False
     """Pinned checkpoints are never removed."""
+    expires_at: UnixSeconds | None = None
+    """When it is removed, unless it is pinned, promoted or needed; null: never for its age."""
+    aliases: list[str] = Field(default_factory=list)
+    """Names of the models that it was promoted to; such a checkpoint is never removed."""
     has_optimizer: bool
     files: list[CheckpointFile]
+
+
+class CheckpointChanges(Input):
+    """What changes of a checkpoint. Fields that are left out stay as they are."""
+
+    pinned: bool | None = None
+    """Whether it is kept until it is unpinned; null: as it is."""
+    expires_at: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = None
+    """When it is removed, in seconds since 1970; null: not for its age."""
+
+
+class Promotion(Input):
+    """A name for a checkpoint."""
+
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=96)]
+    """By which it is a model: letters, digits, ``.``, ``_`` and ``-``."""

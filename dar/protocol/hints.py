@@ -54,7 +54,8 @@ class HintThresholds:
     drift_calm: float = 3.0
     """Distance below which a jump is over, in sigma."""
     drift_rounding: float = 1e-9
-    """Share of the rewards' size, or of 1, below which a difference is rounding."""
+    """Share of the rewards' size, which counts as at least 1, below which a difference is
+    rounding."""
 
     # --- reward services that are too slow -------------------------------------------------------
 

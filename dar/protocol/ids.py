@@ -19,6 +19,8 @@ Prefix = Literal[
     "proj-",
     "inc-",
     "machine-",
+    "upload_",
+    "part_",
 ]
 
 

@@ -146,8 +146,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/dropped_groups",
         "prompts",
-        "prompts of the step that were left out at first, because fewer than two of their "
-        "completions had a reward",
+        "prompts of the step that were left out at first, because too few of their completions had "
+        "a reward",
     ),
     Metric(
         "rewards/refilled_groups",
@@ -197,7 +197,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )
 
-NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
+BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
+NAMES: frozenset[str] = frozenset(BY_NAME)
 COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "rewards": {
         "mean": ("reward", "mean raw reward of one component"),
@@ -269,12 +270,34 @@ def is_known(name: str) -> bool:
 
     Names of earlier versions are known too (`RENAMED`).
     """
-    name = current_name(name).removeprefix(EVALUATION)
-    if name in NAMES:
-        return True
+    return _found(current_name(name).removeprefix(EVALUATION)) is not None
+
+
+def describe(name: str) -> Metric:
+    """A series of training or evaluation under its present name, with unit and meaning.
+
+    Raises:
+        KeyError: There is no such metric.
+    """
+    name = current_name(name)
+    bare = name.removeprefix(EVALUATION)
+    found = _found(bare)
+    if found is None:
+        raise KeyError(name)
+    meaning = found.meaning if bare == name else f"on the validation file: {found.meaning}"
+    return Metric(name, found.unit, meaning)
+
+
+def _found(name: str) -> Metric | None:
+    """A metric of training by its present name."""
+    if name in BY_NAME:
+        return BY_NAME[name]
     start, _, rest = name.rpartition("/")
     prefix, _, component = start.rpartition("/")
-    return bool(component) and rest in COMPONENT_METRICS.get(prefix, {})
+    of_component = COMPONENT_METRICS.get(prefix, {})
+    if not component or rest not in of_component:
+        return None
+    return Metric(name, *of_component[rest])
 
 
 class Series(Output):
@@ -329,6 +352,9 @@ class Metrics(Output):
     later steps of earlier responses do not count any more."""
     rewound: list[RewoundSeries] | None = None
     """Null unless the request has ``rewound=true``."""
+    resolution: int = 1
+    """With ``max_points``: steps of a bucket, of which a series has the least and the greatest
+    value. 1: each step is there."""
 
     def to_pandas(self) -> Any:  # noqa: ANN401 - a DataFrame, where pandas is installed
         """The series as the columns of a `pandas.DataFrame`, one row a step.
@@ -349,9 +375,23 @@ class Metrics(Output):
         return pandas.DataFrame(columns).rename_axis(index="step")
 
 
+class JobMetrics(Metrics):
+    """The metrics of one of several jobs that are compared."""
+
+    job_id: str
+
+
 class MetricName(Output):
     """A registered metric, as the API lists it."""
 
     name: str
     unit: str
     meaning: str
+
+
+class ReportedMetric(MetricName):
+    """A metric that a job has reported, with its extremes so far."""
+
+    min: float | None
+    """Null if it never had a finite value."""
+    max: float | None

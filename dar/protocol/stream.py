@@ -24,8 +24,8 @@ class StreamFrame(Output):
 
     type: Literal["status", "event", "metrics", "sample", "checkpoint", "gap", "done"]
     seq: int
-    """Position in the job's history, which is the ``id`` of the frame; a reader that has it
-    continues with the next one. Of ``gap`` and ``done``: the last one before."""
+    """Position in the job's history, which is the ``id`` of the frame; a reader
+    continues after the last one that it got. Of ``gap`` and ``done``: the last one before."""
     event: Event | None = None
     gap: StreamGap | None = None
     """Of ``gap``: events that were deleted by age, or that the service does not know because its

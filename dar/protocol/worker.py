@@ -156,6 +156,8 @@ class Lease(Output):
     inline URLs."""
     rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
     """Access to the reward services of this job, by component name."""
+    request_id: str | None = None
+    """Of the request that submitted the job, for logs."""
 
 
 class InputFile(Output):

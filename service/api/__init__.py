@@ -6,10 +6,12 @@ attempts: attempts of a job, and whose fault each failure was.
 events: events of a job, also as a long poll.
 stream: all events of a job as server-sent events.
 logs: the ends of trainers' logs.
-metrics: metrics of a job.
+metrics: metrics of a job, as columns or tables, and of several jobs.
 samples: completions of a job that were kept.
 checkpoints: checkpoints of a job and their files, for users.
 files: uploaded training files.
+file_validation: what is in a stored training file, and what it can be used for.
+file_uploads: training files that users send in parts.
 models: models that a job may start from.
 graders: graders in OpenAI's shape.
 reward_endpoints: registered reward services: create, change, rotate secrets, probe.

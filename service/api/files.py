@@ -3,24 +3,23 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import structlog
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from dar.errors import DARError, InvalidRequestError, UnsupportedMediaTypeError
+from dar.errors import DARError, InvalidRequestError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 from dar.protocol.ids import new_id
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import downloads, errors
 from service.http.auth import Reader, Submitter, User
-from service.http.bodies import NUL, limited
+from service.http.forms import declared_bytes, receive_form
 from service.jobs import datasets
 from service.runtime import CurrentRuntime, Runtime
 from service.store import files, tables
@@ -28,8 +27,8 @@ from service.store import files, tables
 log = structlog.get_logger()
 router = APIRouter(prefix="/v1/files", tags=["files"])
 PURPOSE = "fine-tune"
-FORM_BYTES = 64 * 1024
-"""Room for the parts of a multipart body besides the file."""
+MAX_FILENAME = 256
+Result = TypeVar("Result")
 UPLOAD_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -52,14 +51,30 @@ UPLOAD_SCHEMA = {
 @router.post("", openapi_extra=UPLOAD_SCHEMA)
 async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter) -> File:
     """Upload a JSONL file of prompts, or of completions with rewards. All rows must be valid."""
-    form = await _read_form(request, runtime.settings.max_file_bytes)
-    try:
-        upload = _checked(form)
-        return await _while_connected(
-            request, runtime, lambda has_left: _store(runtime, user, upload, has_left)
+    file_id, declared = new_id("file-"), declared_bytes(request)
+    await run_in_threadpool(reserve, runtime, declared, "the file")
+    with runtime.artifacts.new_file(file_id) as path:
+        form = await receive_form(
+            request,
+            path,
+            limit=runtime.settings.max_file_bytes,
+            file="file",
+            fields=("purpose",),
         )
-    finally:
-        await form.close()
+        check_purpose(form.fields.get("purpose"))
+
+        def store(has_left: Callable[[], bool]) -> tables.FileRow:
+            file = examined(user, file_id, path, form.filename, has_left)
+            if not declared:
+                runtime.artifacts.reserve_part(file.bytes, "the file")
+            runtime.artifacts.keep_file(file_id, path)
+            # If this fails, the row may still be stored. The reconciler removes the file if it is
+            # not.
+            with runtime.database.write() as transaction:
+                files.add(transaction, file)
+            return file
+
+        return show(await while_connected(request, runtime, store))
 
 
 @router.get("")
@@ -91,6 +106,7 @@ def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Delet
     return Deleted(id=file_id, object="file", deleted=True)
 
 
+@router.head("/{file_id}/content", response_class=Response, include_in_schema=False)
 @router.get("/{file_id}/content", response_class=Response, responses=downloads.ANSWERS)
 def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: Reader) -> Response:
     """The content of the file, or one range of it."""
@@ -128,54 +144,9 @@ def show(file: tables.FileRow) -> File:
     )
 
 
-async def _read_form(request: Request, limit: int) -> FormData:
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise UnsupportedMediaTypeError(
-            "an upload is multipart/form-data with the fields purpose and file"
-        )
-    # The form is read after the key is checked, and limited while it streams in, to disk.
-    stream = limited(request.stream(), limit + FORM_BYTES, "upload")
-    parser = MultiPartParser(
-        request.headers, stream, max_files=1, max_fields=16, max_part_size=FORM_BYTES
-    )
-    try:
-        return await parser.parse()
-    except MultiPartException as error:
-        raise InvalidRequestError(
-            f"the upload cannot be read: {error.message}", code="invalid_form"
-        ) from None
-    except UnicodeError:  # a charset of Python that is none of the web, like punycode
-        raise InvalidRequestError(
-            "the upload cannot be read: its names are not in the charset of its content-type; "
-            "leave the charset out, and send names in UTF-8",
-            code="invalid_form",
-        ) from None
-
-
-def _checked(form: FormData) -> UploadFile:
-    for name in form:
-        if name not in {"purpose", "file"}:
-            raise InvalidRequestError(
-                f"{name}: this version takes only purpose and file; leave it out",
-                param=name,
-                code="extra_forbidden",
-            )
-    if form.get("purpose") != PURPOSE:
-        raise InvalidRequestError(
-            f"purpose: send {PURPOSE!r}; this service keeps files for training only",
-            param="purpose",
-        )
-    upload = form.get("file")
-    if not isinstance(upload, UploadFile):
-        raise InvalidRequestError("file: no file was sent", param="file", code="missing")
-    if "\0" in (upload.filename or ""):
-        raise InvalidRequestError(f"the filename {NUL}", param="file", code="nul_character")
-    return upload
-
-
-async def _while_connected(
-    request: Request, runtime: Runtime, check: Callable[[Callable[[], bool]], File]
-) -> File:
+async def while_connected(
+    request: Request, runtime: Runtime, check: Callable[[Callable[[], bool]], Result]
+) -> Result:
     """Check an upload in a thread, until its client leaves.
 
     Args:
@@ -204,24 +175,46 @@ async def _while_connected(
         has_left.set()
 
 
-def _store(runtime: Runtime, user: User, upload: UploadFile, has_left: Callable[[], bool]) -> File:
-    file_id = new_id("file-")
-    runtime.artifacts.reserve(upload.size or 0, "the file")
-    runtime.artifacts.reserve_scratch(upload.size or 0, "the file")
-    with runtime.artifacts.new_file(file_id) as temporary:
-        found = datasets.store(upload.file, temporary, has_left)
-        runtime.artifacts.keep_file(file_id, temporary)
-    file = tables.FileRow(
+def reserve(runtime: Runtime, size: int, what: str) -> None:
+    """Check that there is room for something, before it is received.
+
+    Raises:
+        ServiceUnavailableError: There is not (``storage_full``).
+    """
+    runtime.artifacts.reserve(size, what)
+    runtime.artifacts.reserve_scratch(size, what)
+
+
+def check_purpose(given: str | None) -> None:
+    """Check that a file is for what this service does.
+
+    Raises:
+        InvalidRequestError: It is for something else.
+    """
+    if given != PURPOSE:
+        raise InvalidRequestError(
+            f"purpose: send {PURPOSE!r}; this service keeps files for training only",
+            param="purpose",
+        )
+
+
+def examined(
+    user: User, file_id: str, path: Path, filename: str, has_left: Callable[[], bool]
+) -> tables.FileRow:
+    """The row of a file that has arrived, once all of its rows were checked.
+
+    Raises:
+        InvalidRequestError: A row is invalid.
+        UploadCancelledError: The client has left.
+    """
+    found = datasets.examine(path, has_left)
+    return tables.FileRow(
         id=file_id,
         project_id=user.project_id,
-        filename=(upload.filename or "upload")[-256:],
+        filename=(filename or "upload")[-MAX_FILENAME:],
         purpose=PURPOSE,
         bytes=found.bytes,
         sha256=found.sha256,
         num_rows=found.num_rows,
         columns=found.columns,
     )
-    # If this fails, the row may still be stored. The reconciler removes the file if it is not.
-    with runtime.database.write() as transaction:
-        files.add(transaction, file)
-    return show(file)

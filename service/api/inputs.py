@@ -65,7 +65,7 @@ def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
 def check_inputs(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: AttemptBody
 ) -> DamagedInputs:
-    """Read every byte of the attempt's files and checkpoints: one of them arrived altered.
+    """Read every byte of the attempt's files and checkpoints, after one of them arrived altered.
 
     A damaged checkpoint to resume from is replaced by the next older one that is whole.
     """

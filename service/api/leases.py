@@ -213,13 +213,18 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
             )
             outcomes.end(transaction, lease_id, said)
             return held.job.id
-        return _lease(runtime, held, token, access)
+        request_id = events.request_of(transaction, held.job.id)
+        return _lease(runtime, held, token, access, request_id)
 
     return runtime.database.transact(work)
 
 
 def _lease(
-    runtime: Runtime, held: fence.Held, token: str, access: dict[str, ComponentAccess]
+    runtime: Runtime,
+    held: fence.Held,
+    token: str,
+    access: dict[str, ComponentAccess],
+    request_id: str | None,
 ) -> Lease:
     job, attempt = held.job, held.attempt
     return Lease(
@@ -235,6 +240,7 @@ def _lease(
         resume_checkpoint_id=attempt.resume_checkpoint_id,
         reward_secret=None,
         rewards=access,
+        request_id=request_id,
     )
 
 

@@ -1,30 +1,136 @@
 """Metrics of a job, one series for each name."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Annotated, Any
+import csv
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
-from dar.protocol.metrics import METRICS, MetricName, Metrics, current_name, is_known
+from dar.protocol.metrics import (
+    METRICS,
+    JobMetrics,
+    MetricName,
+    Metrics,
+    ReportedMetric,
+    current_name,
+    describe,
+    is_known,
+)
 from dar.protocol.status import TERMINAL
 from service.api.jobs import PATH
 from service.api.paging import WithRewound, whole
+from service.http import errors
 from service.http.auth import Reader
 from service.runtime import CurrentRuntime
-from service.store import jobs, metrics
+from service.store import jobs, metric_rollups, metrics
+from service.store.database import Transaction
+from service.store.tables import JobRow
 
 router = APIRouter(tags=["metrics"])
 POLL_MS = 1000
+MAX_JOBS = 20
+"""Of one comparison."""
+MAX_POINTS = 100_000
 NAMES = (
     "Comma-separated; default: all, by their present names. Until the next release, the earlier "
     "names reward/… and time/reward/… of the metrics reward_requests/… are accepted, and the "
     "response has the series under the name that was sent."
 )
+POINTS = (
+    "Most points of a series. Of a longer one, each bucket of 2, 4, 8, … steps keeps its least and "
+    "its greatest value; `resolution` says how many steps a bucket has. With after, the points are "
+    "those of all steps from the first new one."
+)
 Step = Annotated[int | None, Query(ge=0, le=MAX_COUNT)]
+Format = Literal["json", "csv", "jsonl"]
+COLUMNS = ("name", "step", "value", "at")
+NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Nothing is new."}}
+TEXTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The series. As csv or jsonl, a line is one point, with name, step, value "
+        "and at; the headers x-dar-cursor and x-dar-rewound-to have `cursor` and `rewound_to`.",
+        "content": {"text/csv": {}, "application/jsonl": {}},
+    }
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which points a request asks for."""
+
+    names: Mapping[str, str] | None
+    """Present name by the name that was sent."""
+    from_step: int | None
+    to_step: int | None
+    max_points: int | None
+
+    def read(self, transaction: Transaction, job_id: str, after: int = 0) -> metric_rollups.Sampled:
+        """The series of a job."""
+        names = None if self.names is None else self.names.values()
+        if self.max_points is None:
+            found = metrics.read(
+                transaction,
+                job_id,
+                names=names,
+                after=after,
+                from_step=self.from_step,
+                to_step=self.to_step,
+            )
+            return metric_rollups.Sampled(found, 1)
+        from_step = self.from_step
+        if after:
+            first = metrics.first_step_after(transaction, job_id, after)
+            if first is None:
+                return metric_rollups.Sampled({}, 1)
+            from_step = max(first, from_step or 0)
+        return metric_rollups.read(
+            transaction,
+            job_id,
+            max_points=self.max_points,
+            names=names,
+            from_step=from_step,
+            to_step=self.to_step,
+        )
+
+    def shown(self, series: Mapping[str, metrics.Points]) -> dict[str, dict[str, Any]]:
+        """The series under the names that the client sent, sorted."""
+        if self.names is not None:
+            series = {name: series[now] for name, now in self.names.items() if now in series}
+        return {
+            name: {"step": points.step, "value": points.value, "at": points.at}
+            for name, points in sorted(series.items())
+        }
+
+
+def wanted(
+    names: Annotated[str | None, Query(description=NAMES)] = None,
+    from_step: Step = None,
+    to_step: Step = None,
+    max_points: Annotated[int | None, Query(ge=2, le=MAX_POINTS, description=POINTS)] = None,
+) -> Wanted:
+    """The requested points.
+
+    Raises:
+        InvalidRequestError: There is no such metric, or ``from_step`` is after ``to_step``.
+    """
+    if from_step is not None and to_step is not None and from_step > to_step:
+        raise InvalidRequestError(
+            f"from_step {from_step} is after to_step {to_step}; swap them",
+            param="from_step",
+            code="invalid_range",
+        )
+    asked = _names(names)
+    present = None if asked is None else {name: current_name(name) for name in asked}
+    return Wanted(present, from_step, to_step, max_points)
+
+
+WantedPoints = Annotated[Wanted, Depends(wanted)]
 
 
 @router.get("/v1/fine_tuning/metrics/names")
@@ -35,82 +141,186 @@ def list_names(_user: Reader) -> Page[MetricName]:
 
 
 @router.get(
+    "/v1/fine_tuning/metrics",
+    response_model=Page[JobMetrics],
+    responses={**NOT_MODIFIED, **errors.may_answer(404)},
+)
+def compare_metrics(
+    request: Request,
+    runtime: CurrentRuntime,
+    user: Reader,
+    points: WantedPoints,
+    ids: Annotated[str, Query(description=f"Ids of at most {MAX_JOBS} jobs, comma-separated.")],
+) -> Response:
+    """The metrics of several jobs, in the order of ``ids``."""
+    with runtime.database.read() as transaction:
+        found = [jobs.get(transaction, user.project_id, job_id) for job_id in _ids(ids)]
+        states = [(job, metrics.last_id(transaction, job.id)) for job in found]
+        tags = ",".join(f"{job.id}:{_tag(job, newest)}" for job, newest in states)
+        etag = f'W/"{hashlib.sha256(tags.encode()).hexdigest()[:32]}"'
+        if _is_known_tag(request, etag):
+            return _not_modified(etag)
+        data = []
+        for job, newest in states:
+            sampled = points.read(transaction, job.id)
+            data.append({"job_id": job.id, **_body(job, newest, sampled, points)})
+    body = {
+        "object": "list",
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["job_id"],
+        "last_id": data[-1]["job_id"],
+    }
+    return _answer(orjson.dumps(body), "application/json", etag)
+
+
+@router.get(PATH + "/{job_id}/metrics/names")
+def list_reported(job_id: str, runtime: CurrentRuntime, user: Reader) -> Page[ReportedMetric]:
+    """The metrics that a job has reported, with unit, meaning and extremes."""
+    with runtime.database.read() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        found = metric_rollups.read(transaction, job.id, max_points=2).series
+    reported = []
+    for metric in (describe(name) for name in sorted(found)):
+        values = [value for value in found[metric.name].value if value is not None]
+        reported.append(
+            ReportedMetric(
+                name=metric.name,
+                unit=metric.unit,
+                meaning=metric.meaning,
+                min=min(values, default=None),
+                max=max(values, default=None),
+            )
+        )
+    return whole(reported, lambda metric: metric.name)
+
+
+@router.get(
     PATH + "/{job_id}/metrics",
     response_model=Metrics,
-    responses={304: {"description": "Nothing is new."}},
+    responses={**TEXTS, **NOT_MODIFIED},
 )
 def get_metrics(
     job_id: str,
     request: Request,
     runtime: CurrentRuntime,
     user: Reader,
-    names: Annotated[str | None, Query(description=NAMES)] = None,
+    points: WantedPoints,
     after: Annotated[str | None, Query(description="Cursor of the previous response.")] = None,
-    from_step: Step = None,
-    to_step: Step = None,
     rewound: WithRewound = False,
+    format: Annotated[Format, Query(description="Of the response.")] = "json",
 ) -> Response:
     """The metrics of a job, one series for each name.
 
     With ``after``, only steps that are new since, replayed ones included.
     """
-    if from_step is not None and to_step is not None and from_step > to_step:
+    if rewound and format != "json":
         raise InvalidRequestError(
-            f"from_step {from_step} is after to_step {to_step}; swap them",
-            param="from_step",
-            code="invalid_range",
+            f"rewound cannot be combined with format {format}; ask for json",
+            param="rewound",
+            code="exclusive_fields",
         )
-    asked, behind = _names(names), _cursor(after)
-    wanted = None if asked is None else {name: current_name(name) for name in asked}
+    behind = _cursor(after)
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         newest = metrics.last_id(transaction, job.id)
-        etag = f'W/"{newest}-{job.attempt}-{job.status}"'
-        if etag == request.headers.get("if-none-match"):
-            return Response(status_code=304, headers={"etag": etag})
-        series = metrics.read(
-            transaction,
-            job.id,
-            names=None if wanted is None else wanted.values(),
-            after=behind,
-            from_step=from_step,
-            to_step=to_step,
-        )
+        etag = f'W/"{_tag(job, newest)}"'
+        if _is_known_tag(request, etag):
+            return _not_modified(etag)
+        sampled = points.read(transaction, job.id, behind)
         rewound_to = metrics.rewound_to(transaction, job, behind)
         undone = None
         if rewound:
             undone = metrics.read_rewound(
                 transaction,
                 job.id,
-                names=None if wanted is None else wanted.values(),
-                from_step=from_step,
-                to_step=to_step,
+                names=None if points.names is None else points.names.values(),
+                from_step=points.from_step,
+                to_step=points.to_step,
             )
-    body: dict[str, Any] = {
-        "object": "metrics",
-        "series": _named(series, wanted),
-        "cursor": str(max(newest, behind)),
-        "status": job.status,
-        "poll_after_ms": 60 * POLL_MS if job.status in TERMINAL else POLL_MS,
-    }
+    body = _body(job, max(newest, behind), sampled, points)
     if rewound_to is not None:
         body["rewound_to"] = rewound_to
     if undone is not None:
         body["rewound"] = [
-            {"attempt": attempt, "series": _named(points, wanted)}
-            for attempt, points in undone.items()
+            {"attempt": attempt, "series": points.shown(series)}
+            for attempt, series in undone.items()
         ]
-    headers = {"etag": etag, "cache-control": "private, no-cache"}
-    return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+    if format == "json":
+        return _answer(orjson.dumps(body), "application/json", etag)
+    more = {"x-dar-cursor": body["cursor"]}
+    if rewound_to is not None:
+        more["x-dar-rewound-to"] = str(rewound_to)
+    if format == "csv":
+        return _answer(_csv(body["series"]), "text/csv", etag, more)
+    return _answer(_jsonl(body["series"]), "application/jsonl", etag, more)
 
 
-def _named(
-    series: Mapping[str, metrics.Points], wanted: Mapping[str, str] | None
-) -> dict[str, dict[str, Any]]:
-    """The series under the names that the client sent, sorted."""
-    if wanted is not None:
-        series = {name: series[present] for name, present in wanted.items() if present in series}
-    return {name: asdict(points) for name, points in sorted(series.items())}
+def _body(
+    job: JobRow, cursor: int, sampled: metric_rollups.Sampled, points: Wanted
+) -> dict[str, Any]:
+    return {
+        "object": "metrics",
+        "series": points.shown(sampled.series),
+        "cursor": str(cursor),
+        "status": job.status,
+        "poll_after_ms": 60 * POLL_MS if job.status in TERMINAL else POLL_MS,
+        "resolution": sampled.resolution,
+    }
+
+
+def _tag(job: JobRow, newest: int) -> str:
+    return f"{newest}-{job.attempt}-{job.status}"
+
+
+def _is_known_tag(request: Request, etag: str) -> bool:
+    """Whether the client has the response already."""
+    known = request.headers.get("if-none-match", "")
+    return any(one.strip() in {etag, etag.removeprefix("W/"), "*"} for one in known.split(","))
+
+
+def _not_modified(etag: str) -> Response:
+    return Response(status_code=304, headers={"etag": etag})
+
+
+def _answer(
+    content: bytes, media_type: str, etag: str, more: Mapping[str, str] | None = None
+) -> Response:
+    headers = {"etag": etag, "cache-control": "private, no-cache", **(more or {})}
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _rows(series: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, int, float | None, float]]:
+    for name, points in series.items():
+        for step, value, at in zip(points["step"], points["value"], points["at"], strict=True):
+            yield name, step, value, at
+
+
+def _csv(series: Mapping[str, dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(_rows(series))
+    return text.getvalue().encode()
+
+
+def _jsonl(series: Mapping[str, dict[str, Any]]) -> bytes:
+    option = orjson.OPT_APPEND_NEWLINE
+    return b"".join(
+        orjson.dumps(dict(zip(COLUMNS, row, strict=True)), option=option) for row in _rows(series)
+    )
+
+
+def _ids(text: str) -> list[str]:
+    found = list(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
+    if not 0 < len(found) <= MAX_JOBS:
+        raise InvalidRequestError(
+            f"ids: send the ids of 1 to {MAX_JOBS} jobs, separated by commas; these are "
+            f"{len(found)}",
+            param="ids",
+            code="invalid_ids",
+        )
+    return found
 
 
 def _names(text: str | None) -> list[str] | None:

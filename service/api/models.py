@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(runtime: CurrentRuntime, user: Reader) -> Page[Model]:
-    """Base models of the installation, then models that jobs have made, newest first."""
+    """Base models of the installation, promoted checkpoints, then all that jobs have made."""
     with runtime.database.read() as transaction:
         found = models.list_all(transaction, runtime.settings, user.project_id)
     return whole(found, lambda model: model.id)
@@ -30,7 +30,10 @@ def get_model(model: str, runtime: CurrentRuntime, user: Reader) -> Model:
 
 @router.delete("/{model:path}", responses=errors.may_answer(409))
 def delete_model(model: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
-    """Delete the weights of a model that a job has made. The job stays."""
+    """Delete the weights of a model that a job has made. The job stays.
+
+    Of a promoted checkpoint only the name goes; its weights are left to the rules of its job.
+    """
     with runtime.database.write() as transaction:
         models.delete(transaction, runtime.settings, user.project_id, model)
     return Deleted(id=model, object="model", deleted=True)

@@ -101,7 +101,7 @@ async def put_file(
 def list_parts(
     lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: PartsBody
 ) -> DirectParts:
-    """Requests by which a worker sends the next parts to the store itself; none: all are there.
+    """Signed requests for the next parts, which the worker sends to the store; none: all are there.
 
     The store refuses a part whose SHA-256 is not the one given here. Of a file of one part, that is
     the digest in the manifest.

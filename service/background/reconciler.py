@@ -4,6 +4,7 @@ A pass reads first, and writes only what that has found. Every action is a condi
 two reconcilers at once do no harm. With PostgreSQL one replica at a time is elected.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import partial
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import DARError
+from dar.errors import ConflictError, DARError, NotFoundError
 from dar.fault_points import fault_point
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
@@ -21,7 +22,9 @@ from service.background.periodic import PeriodicThread
 from service.background.waker import Waker
 from service.store import (
     checkpoints,
+    deletion,
     fence,
+    file_uploads,
     files,
     leases,
     reward_requests,
@@ -269,6 +272,7 @@ class Reconciler(PeriodicThread):
                 transaction.after_commit(lambda: self._notifier.notify(job_id))
 
     def _remove_checkpoints(self) -> None:
+        self._mark_expired()
         with self._database.write() as transaction:
             checkpoints.mark_superseded(transaction)
             checkpoints.mark_abandoned(transaction)
@@ -288,6 +292,21 @@ class Reconciler(PeriodicThread):
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
 
+    def _mark_expired(self) -> None:
+        """Mark checkpoints for removal whose time is over, each with an event of its job."""
+        with self._database.read() as transaction:
+            expired = checkpoints.expired(transaction)
+        for project_id, job_id, checkpoint_id in expired:
+            # Meanwhile it may have been pinned, promoted, deleted or named by a job.
+            with (
+                contextlib.suppress(ConflictError, NotFoundError),
+                self._database.write() as transaction,
+            ):
+                deletion.mark_checkpoint(
+                    transaction, project_id, job_id, checkpoint_id, has_expired=True
+                )
+                transaction.after_commit(partial(self._notifier.notify, job_id))
+
     def _sweep(self) -> None:
         """Delete old reward requests, submissions, gone workers, and files without a row."""
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
@@ -302,6 +321,22 @@ class Reconciler(PeriodicThread):
         for file_id in set(old) - known:
             self._artifacts.remove_file(file_id)
         self._remove_orphans()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Remove the parts of uploads that have ended, and parts without a row."""
+        with self._database.write() as transaction:
+            file_uploads.expire(transaction)
+            ended = file_uploads.ended_with_parts(transaction)
+        for upload_id in ended:
+            self._artifacts.remove_parts(upload_id)
+            with self._database.write() as transaction:
+                file_uploads.forget_parts(transaction, upload_id)
+        old = self._artifacts.old_parts()
+        with self._database.read() as transaction:
+            known = file_uploads.known_parts(transaction, list(old))
+        for part_id in old.keys() - known:
+            self._artifacts.remove_part(old[part_id], part_id)
 
     def _remove_orphans(self) -> None:
         """Remove folders of checkpoints without a row, as a late upload leaves them."""

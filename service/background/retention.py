@@ -81,6 +81,7 @@ class Retention(PeriodicThread):
         for rule in retention.RULES:
             self._delete_aged(rule)
         self._repeat(lambda transaction: retention.forget_keys(transaction, self._settings))
+        self._limit_samples_of_jobs()
         self._limit_samples()
 
     def _delete_aged(self, rule: retention.Rule) -> None:
@@ -124,6 +125,37 @@ class Retention(PeriodicThread):
                 return len(old)
 
             self._step(mark)
+
+    def _limit_samples_of_jobs(self) -> None:
+        limit = self._settings.job_samples_bytes
+        with self._database.read() as transaction:
+            jobs = retention.oversized_jobs(transaction, limit)
+        for job_id, surplus in jobs.items():
+            self._thin_job(job_id, surplus, limit)
+
+    def _thin_job(self, job_id: str, surplus: int, limit: int) -> None:
+        """Delete the surplus of a job's samples, and add an event about it."""
+        with self._database.read() as transaction:
+            count, step = retention.count_samples(transaction, job_id)
+        after: int | None = 0
+        while surplus > 0 and not self._stop.is_set():
+
+            def work(
+                transaction: Transaction, surplus: int = surplus, after: int = after or 0
+            ) -> int | None:
+                return retention.delete_oldest_samples(transaction, surplus, after, job_id)
+
+            after = self._database.transact(work)
+            self._stop.wait(self._breath_seconds)
+            with self._database.read() as transaction:
+                left = retention.oversized_jobs(transaction, limit).get(job_id, 0)
+            if left == surplus and after is None:
+                break
+            surplus = left
+        with self._database.write() as transaction:
+            now, _ = retention.count_samples(transaction, job_id)
+            if now < count:
+                retention.note_thinned(transaction, job_id, count - now, step)
 
     def _limit_samples(self) -> None:
         while not self._stop.is_set():

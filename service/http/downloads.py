@@ -128,11 +128,16 @@ def _check_size(here: int | None, content: Content) -> None:
         what = "its content is missing"
         if here is not None:
             what = f"it has {here:,} of {content.size:,} bytes"
-        raise ConflictError(
-            f"{content.filename!r} is damaged in the artifact store: {what}; ask the operator to "
-            "restore it from a backup",
-            code="content_damaged",
-        )
+        raise damaged_content(content.filename, what)
+
+
+def damaged_content(filename: str, what: str) -> ConflictError:
+    """The error about an object that is not as it was stored."""
+    return ConflictError(
+        f"{filename!r} is damaged in the artifact store: {what}; ask the operator to restore it "
+        "from a backup",
+        code="content_damaged",
+    )
 
 
 def _without_content(request: Request, content: Content) -> Response | None:

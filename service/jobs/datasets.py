@@ -1,11 +1,10 @@
 """Checks of uploaded files: JSONL of prompts, or of completions with rewards, and other columns.
 
 One pass over the file finds all problems (the first `MAX_PROBLEMS` of `dar.protocol.row_files` are
-reported), copies it and hashes it. The file is never held in memory.
+reported) and hashes it. The file is never held in memory.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 from dar.errors import Problem
 from dar.protocol.reward_spec import RewardComponent
-from dar.protocol.row_files import invalid_file, lines_of, read_lines
+from dar.protocol.row_files import invalid_file, lines_of, parse_row, read_lines
 from dar.protocol.rows import KINDS, REWARD_COLUMNS
 from dar.protocol.spec import JobSpec
 from dar.rewards.builtins.registry import make_builtin
@@ -21,6 +20,9 @@ from dar.rewards.from_spec import PATH
 
 CHATS = ("prompt", "chosen")
 """Columns that hold a conversation in every row of conversations, whatever its format."""
+MOST_LISTED = 50
+MOST_SCANNED = 64 * 1024**2
+"""Most rows that a dry run lists, and most bytes of the file that it reads for that."""
 FileParam = Literal["training_file", "validation_file"]
 Columns = Mapping[str, Mapping[str, int | None]]
 """See `Dataset.columns`."""
@@ -72,37 +74,32 @@ class UploadCancelledError(Exception):
     """The client has left while its file was checked."""
 
 
-def store(source: BinaryIO, target: Path, is_cancelled: Callable[[], bool]) -> Dataset:
-    """Copy an upload to ``target``, durably, and check every row.
+def examine(path: Path, is_cancelled: Callable[[], bool]) -> Dataset:
+    """Check every row of a file, and hash it.
 
     Args:
-        source: The upload.
-        target: Where it is copied to.
+        path: The file.
         is_cancelled: Polled at each row.
 
     Raises:
-        InvalidRequestError: A row is invalid, or the file has no rows; ``target`` is removed.
+        InvalidRequestError: A row is invalid, or the file has no rows.
         UploadCancelledError: ``is_cancelled`` returned true.
     """
     found, problems, digest = Dataset(), list[Problem](), hashlib.sha256()
-    with target.open("wb") as copy:
+    with path.open("rb") as file:
 
         def lines() -> Iterator[bytes]:
-            for line in lines_of(source):
+            for line in lines_of(file):
                 if is_cancelled():
                     raise UploadCancelledError
                 if not problems:  # a file with problems is not kept
-                    copy.write(line)
                     digest.update(line)
                     found.bytes += len(line)
                 yield line
 
         for row in read_lines(lines(), problems):
             found.add(row)
-        copy.flush()
-        os.fsync(copy.fileno())
     if problems:
-        target.unlink()
         raise invalid_file(problems, end="; nothing was stored")
     found.sha256 = digest.hexdigest()
     return found
@@ -111,6 +108,16 @@ def store(source: BinaryIO, target: Path, is_cancelled: Callable[[], bool]) -> D
 def common_columns(columns: Columns) -> list[str]:
     """Names of the columns that every row has."""
     return sorted(name for name, seen in columns.items() if seen["missing"] is None)
+
+
+def uses_of(columns: Columns) -> list[Literal["rewards", "stored_completions"]]:
+    """For which jobs a file can be used: with rewards, or without, on stored completions."""
+    uses: list[Literal["rewards", "stored_completions"]] = []
+    if columns and not _filled(KINDS, columns):
+        uses.append("rewards")
+    if columns and not _offline_problems(columns, "training_file"):
+        uses.append("stored_completions")
+    return uses
 
 
 def first_chat(columns: Columns) -> int | None:
@@ -152,21 +159,55 @@ def _completions(columns: Columns, param: FileParam) -> list[Problem]:
 def _missing_columns(
     components: Iterable[RewardComponent], columns: Columns, param: FileParam
 ) -> Iterator[Problem]:
+    for path, name in _unfilled(components, columns):
+        row = columns[name]["missing"] if name in columns else 1
+        assert row is not None  # it is not filled
+        yield _missing(columns, name, row, path if param == "training_file" else param, param)
+
+
+def _unfilled(components: Iterable[RewardComponent], columns: Columns) -> Iterator[tuple[str, str]]:
+    """The columns that a component reads and that lack a value in some row, with their places."""
     for index, component in enumerate(components):
         for place, name in _columns_of(component):
-            row = columns[name]["missing"] if name in columns else 1
+            is_filled = name in columns and columns[name]["missing"] is None
             # A builtin skips a prompt without a value. Without the column it would skip all.
-            if row is None or (component.kind == "builtin" and name in columns):
-                continue
-            path = f"{PATH}.components[{index}].{place}"
-            there = ", ".join(common_columns(columns))
-            yield Problem(
-                f"row {row} of the {_words(param)} has no value for {name!r}; every row has: "
-                f"{there}",
-                path if param == "training_file" else param,
-                "missing_column",
-                row,
-            )
+            if not is_filled and not (component.kind == "builtin" and name in columns):
+                yield f"{PATH}.components[{index}].{place}", name
+
+
+def _missing(columns: Columns, name: str, row: int, place: str, param: FileParam) -> Problem:
+    there = ", ".join(common_columns(columns))
+    return Problem(
+        f"row {row} of the {_words(param)} has no value for {name!r}; every row has: {there}",
+        place,
+        "missing_column",
+        row,
+    )
+
+
+def rows_without(spec: JobSpec, columns: Columns, source: BinaryIO) -> Iterator[Problem]:
+    """Every row of the training file that lacks a value which the job's rewards need.
+
+    At most `MOST_LISTED` of them, in the first `MOST_SCANNED` bytes. A column that no row has is
+    left out: `check_for` names it.
+
+    Args:
+        spec: Spec of the job.
+        columns: Columns of the file.
+        source: The file, which was checked at its upload.
+    """
+    components = () if spec.dar.rewards is None else spec.dar.rewards.components
+    wanted = [(place, name) for place, name in _unfilled(components, columns) if name in columns]
+    scanned = listed = 0
+    for number, line in enumerate(lines_of(source) if wanted else (), start=1):
+        scanned += len(line)
+        if listed >= MOST_LISTED or scanned > MOST_SCANNED:
+            return
+        row = parse_row(line) if line.strip() else None
+        for place, name in wanted:
+            if row is not None and row.get(name) is None:
+                listed += 1
+                yield _missing(columns, name, number, place, "training_file")
 
 
 def _columns_of(component: RewardComponent) -> list[tuple[str, str]]:

@@ -2,15 +2,13 @@
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-import dar
+from dar import version
 from dar.protocol.job_config import JobConfig, JobIngredients
-from dar.version import __version__
 from service.jobs.model_checks import ModelFiles
 from service.store import checkpoints
 from service.store.database import Transaction
@@ -20,7 +18,7 @@ from service.store.tables import JobRow
 @functools.cache
 def code_sha256() -> str:
     """Digest of the Python files of the package ``dar``, which has all code that trains."""
-    root = Path(dar.__file__).parent
+    root = Path(version.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
@@ -60,7 +58,7 @@ def of_job(
     ids = [*whole, *source["adapter_ids"]]
     found = checkpoints.by_ids(transaction, ids) if ids else {}
     return JobIngredients(
-        version=__version__,
+        version=version.__version__,
         code_sha256=code_sha256(),
         training_file_sha256=file_sha256.get("training_file"),
         validation_file_sha256=file_sha256.get("validation_file"),
@@ -96,4 +94,5 @@ def config_of(job: JobRow) -> JobConfig:
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    # A damaged model may have integers of any length, which orjson refuses.
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from dar.disk import link_out_of
-from dar.errors import ConflictError, ModelNotFoundError, NotFoundError
+from dar.errors import ConflictError, InvalidRequestError, ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
@@ -21,7 +21,7 @@ from dar.rewards.from_spec import PATH
 from dar.settings import Settings
 from service.jobs.model_checks import ModelFiles, StoredModelFiles
 from service.runtime import Runtime
-from service.store import checkpoints, deletion
+from service.store import checkpoints, deletion, events, promotions
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobRow
 
@@ -30,6 +30,8 @@ MAX_NAMED = 5
 """Folders that an error names."""
 MAX_COMPARED = 1000
 """Fine-tuned models with which a wrong name is compared."""
+RESULT = "ft-"
+"""How the names of results and checkpoints of jobs begin."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -68,9 +70,22 @@ def resolve(
                 f"model {name!r} is made of checkpoints that are no longer kept", param="model"
             )
         return ResolvedModel(source, ids)
+    if (named := _promoted(transaction, project_id, name)) is not None:
+        raise ModelNotFoundError(named, param="model")
     made = [id_ for id_, _, _ in checkpoints.models(transaction, project_id, limit=MAX_COMPARED)]
     raise ModelNotFoundError(
         f"there is no model {name!r}; {_others(settings.models_path, name, made)}", param="model"
+    )
+
+
+def _promoted(transaction: Transaction, project_id: str, name: str) -> str | None:
+    """Why a name of a promoted checkpoint is no model now; None: it is no such name."""
+    named = promotions.find(transaction, project_id, name)
+    if named is None:
+        return None
+    return (
+        f"model {name!r} is the checkpoint {named.checkpoint_id}, which is damaged and was set "
+        "aside; promote another one to that name, or restore its files from a backup"
     )
 
 
@@ -86,6 +101,12 @@ def _others(root: Path, name: str, made: Sequence[str]) -> str:
         f"{known}. A new one is a folder with a config.json in the models directory of the service; a "
         "hub model is named with its owner, like 'Qwen/Qwen3-0.6B'"
     )
+
+
+def folder_of(settings: Settings, name: str) -> Path | None:
+    """The folder of a model of the installation; None: there is none, or it has links out of it."""
+    found = _folder(settings.models_path, name)
+    return None if found is None or link_out_of(found) is not None else found
 
 
 def check_reward_models(settings: Settings, rewards: Rewards) -> None:
@@ -156,16 +177,61 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
         return _base(folder)
     for _, checkpoint, _ in checkpoints.models(transaction, project_id, name=name):
         return _fine_tuned(name, checkpoint)
+    if (named := _promoted(transaction, project_id, name)) is not None:
+        raise NotFoundError(named)
     raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists the existing ones")
+
+
+def promote(
+    transaction: Transaction,
+    settings: Settings,
+    project_id: str,
+    checkpoint: CheckpointRow,
+    name: str,
+) -> Model:
+    """Make a checkpoint a model of this name, and keep it.
+
+    Raises:
+        InvalidRequestError: The name is of the kind that results of jobs have.
+        ConflictError: It is the name of a folder of the installation (``model_of_installation``).
+        NotFoundError: The checkpoint is being removed.
+    """
+    if name.startswith(RESULT):
+        raise InvalidRequestError(
+            f"alias: names that begin with {RESULT!r} are those of jobs' results; choose another",
+            param="alias",
+        )
+    if _folder(settings.models_path, name) is not None:
+        raise ConflictError(
+            f"{name!r} is a model of this installation; choose another alias",
+            param="alias",
+            code="model_of_installation",
+        )
+    if not checkpoints.keep(transaction, [checkpoint.id]):
+        raise NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
+    promotions.promote(transaction, project_id, name, checkpoint.id)
+    message = f"checkpoint of step {checkpoint.step} is the model {name!r} now"
+    data = {
+        "kind": "checkpoint_promoted",
+        "checkpoint_id": checkpoint.id,
+        "step": checkpoint.step,
+        "model": name,
+    }
+    events.append(transaction, checkpoint.job_id, [events.NewEvent(message, data=data)])
+    return _fine_tuned(name, checkpoint)
 
 
 def delete(transaction: Transaction, settings: Settings, project_id: str, name: str) -> None:
     """Mark the weights of a model that a job has made for removal.
 
+    Of a promoted checkpoint only the name goes.
+
     Raises:
         NotFoundError: There is no such model.
         ConflictError: It is a folder of the installation, or an unfinished job needs it.
     """
+    if promotions.remove(transaction, project_id, name):
+        return
     if _folder(settings.models_path, name) is not None:
         raise ConflictError(
             f"model {name!r} is a folder of this installation, and not one that a job has made; its "

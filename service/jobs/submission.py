@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import orjson
+import structlog
 from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 
@@ -47,6 +48,7 @@ from service.store import (
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobRow
 
+log = structlog.get_logger()
 Replay = Literal["true", "inferred"]
 PLANS = 5
 """How often a submission is checked anew, because what it needs has changed meanwhile."""
@@ -78,6 +80,8 @@ class Submission:
     retry_count: int
     copy: Copy | None = None
     """How it is made from another job."""
+    request_id: str | None = None
+    """The ``x-request-id`` of the request, which the job's logs have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +193,8 @@ async def submit(
         IdempotencyMismatchError: The key was used with another body.
     """
     digest = body_digest(spec) if copy is None else copy.body_sha256
-    submission = Submission(spec, user, digest, idempotency_key, retry_count, copy)
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    submission = Submission(spec, user, digest, idempotency_key, retry_count, copy, request_id)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -197,7 +202,10 @@ async def submit(
     if problems:
         raise errors.invalid(problems)
     plan = replace(checked, notices=[*checked.notices, *notices])
-    return await run_in_threadpool(store, runtime, plan)
+    submitted = await run_in_threadpool(store, runtime, plan)
+    if submitted.replay is None:
+        log.info("job submitted", job=submitted.job.id)
+    return submitted
 
 
 def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
@@ -257,7 +265,7 @@ def _try_store(runtime: Runtime, plan: Plan) -> Submitted | None:
         if not _keep(transaction, plan):
             raise _StalePlanError
         job = _new_job(transaction, plan)
-        jobs.submit(transaction, job, plan.model.checkpoint_ids)
+        jobs.submit(transaction, job, plan.model.checkpoint_ids, submission.request_id)
         if claim is not None:
             claim.add(job.id, submission.retry_count)
         events.append(transaction, job.id, plan.notices)

@@ -98,8 +98,20 @@ def examine(runtime: Runtime, user: User, spec: JobSpec) -> Findings:
     if found.file is not None and found.probes:
         example = submission.example_of(runtime, spec)
         found.probes = [probing.with_example(one, example) for one in found.probes]
+    _list_rows(runtime, found)
     found.warnings += _of_fleet(found)
     return found
+
+
+def _list_rows(runtime: Runtime, found: Findings) -> None:
+    """List every row that lacks a value; the checks of a submission end at the first one."""
+    if found.data is not None or found.file is None:
+        return
+    content = runtime.artifacts.open_file(found.file.id)
+    if content is not None:
+        with content:
+            rows = list(datasets.rows_without(found.spec, found.file.columns, content))
+        found.problems += [one for one in rows if one not in found.problems]
 
 
 def _find_probes(

@@ -39,6 +39,7 @@ from service.storage.storage import (
     Upload,
     altered,
     incomplete,
+    is_old,
     not_mounted,
     offset_mismatch,
     own_manifest,
@@ -62,6 +63,8 @@ RETRIES = 2
 RETRY_FOR = timedelta(seconds=10)
 CREDENTIALS_FOR = timedelta(minutes=5)
 """How long temporary keys are used before botocore is asked again."""
+SCRATCH = "dar-upload-"
+"""How the names of folders of what passes through begin."""
 CHECK_SECONDS = 30.0
 """How long a successful write says that the bucket can be written."""
 _CODE = re.compile(r"<Code>(\w+)</Code>|\(code: (\w+)\)")
@@ -118,6 +121,7 @@ class S3Storage(Storage):
         self.transfers.close()
 
     def prepare(self) -> None:
+        self._remove_abandoned_scratch()
         try:
             self.check_write()
             if self.direct is not None and not self.transfers.refuses_false_digests():
@@ -129,6 +133,17 @@ class S3Storage(Storage):
                 self.direct = None
         except DARError as error:
             raise unusable(error) from error
+
+    def _remove_abandoned_scratch(self) -> None:
+        """Remove what uploads through a process that was killed have left on this machine."""
+        place = self.scratch_folder or Path(tempfile.gettempdir())
+        for folder in place.glob(f"{SCRATCH}*"):
+            with contextlib.suppress(
+                OSError
+            ):  # another process removes it, or it is another user's
+                changed = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+                if folder.is_dir() and not folder.is_symlink() and is_old(changed):
+                    shutil.rmtree(folder)
 
     def check_write(self) -> None:
         """Write an object that is no file.
@@ -243,7 +258,7 @@ class S3Storage(Storage):
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        folder = Path(tempfile.mkdtemp(prefix="dar-upload-"))
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
         try:
             yield folder / name
         finally:

@@ -26,9 +26,12 @@ deletion: jobs, checkpoints and models that a user deletes.
 retention: what is older or larger than the settings allow, and the rows of deleted jobs.
 events: events of a job.
 files: uploaded files.
+file_uploads: files that arrive in parts.
 keys: API keys and their project.
+promotions: names that users give to checkpoints.
 project_secrets: secrets that sign requests to inline reward URLs, one for each project.
 metrics: metrics of a job.
+metric_rollups: extremes of metrics in buckets of steps, for charts of long jobs.
 logs: the ends of trainers' logs.
 samples: completions of a job that were kept.
 reward_endpoints: registered reward services.

@@ -1,7 +1,7 @@
 """Checkpoints: announced, then available, then removed."""
 
 from collections.abc import Collection, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select, update
 from sqlalchemy.orm import aliased, defer
@@ -11,21 +11,28 @@ from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.events import Level
 from dar.protocol.ids import new_id
 from dar.protocol.status import TERMINAL
-from service.store import best_checkpoint, events, poison
+from service.store import best_checkpoint, events, poison, promotions
 from service.store.best_checkpoint import Standing
 from service.store.database import Transaction
 from service.store.fence import Held
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
+from service.store.tables import (
+    AttemptRow,
+    CheckpointRow,
+    JobInputRow,
+    JobRow,
+    ModelAliasRow,
+)
 
 UNMEASURED = Standing()
 KEPT_DAMAGED = timedelta(days=7)
 """How long a damaged checkpoint is kept for inspection, once the job has a newer whole one."""
 
 
-def is_kept_by_pin() -> ColumnElement[bool]:
-    """Whether a checkpoint is stored, whole or damaged, and pinned."""
-    return and_(CheckpointRow.status == "available", CheckpointRow.is_pinned)
+def is_kept_by_user() -> ColumnElement[bool]:
+    """Whether a checkpoint is stored, whole or damaged, and pinned or promoted."""
+    is_kept = or_(CheckpointRow.is_pinned, promotions.is_promoted())
+    return and_(CheckpointRow.status == "available", is_kept)
 
 
 def files_of(checkpoint: CheckpointRow) -> list[ManifestFile]:
@@ -92,6 +99,24 @@ def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool)
         raise NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
 
 
+def set_expiry(
+    transaction: Transaction, checkpoint: CheckpointRow, expires_at: datetime | None
+) -> None:
+    """Let a checkpoint be removed at a time; None: not for its age.
+
+    Raises:
+        NotFoundError: It is being removed.
+    """
+    changed = transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "available")
+        .values(expires_at=expires_at)
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if changed is None:
+        raise NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
+
+
 def damaged(transaction: Transaction, checkpoint: CheckpointRow) -> ConflictError:
     """The error about a damaged checkpoint; it names the one to take instead."""
     other = newest(transaction, checkpoint.job_id)
@@ -151,7 +176,9 @@ def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint
 def models(
     transaction: Transaction, project_id: str, *, name: str | None = None, limit: int | None = None
 ) -> Iterator[tuple[str, CheckpointRow, JobRow]]:
-    """A project's models, each with its checkpoint and job: results of jobs, then checkpoints.
+    """A project's models, each with its checkpoint and job.
+
+    Promoted checkpoints come first, then results of jobs, then all checkpoints.
 
     Of checkpoints with the same name only the newest counts.
 
@@ -159,7 +186,7 @@ def models(
         transaction: Where they are read.
         project_id: Their project.
         name: Only models of this name.
-        limit: At most this many results, and at most this many checkpoints.
+        limit: At most this many of each kind.
     """
     # Neither manifest nor spec says where a model comes from.
     available = (
@@ -173,9 +200,16 @@ def models(
         JobRow.status == "succeeded",
         CheckpointRow.id == func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id),
     ).order_by(JobRow.created_at.desc(), JobRow.id.desc())
+    promoted = available.join(ModelAliasRow, ModelAliasRow.checkpoint_id == CheckpointRow.id).where(
+        ModelAliasRow.project_id == project_id
+    )
     if name is not None:
+        promoted = promoted.where(ModelAliasRow.name == name)
         results = results.where(JobRow.model_name == name)
         available = available.where(CheckpointRow.name == name)
+    named = promoted.add_columns(ModelAliasRow.name).order_by(ModelAliasRow.name)
+    for checkpoint, job, alias in transaction.execute(named).all():
+        yield alias, checkpoint, job
     for checkpoint, job in transaction.execute(results).all():
         yield job.model_name, checkpoint, job
     newest_first = available.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc())
@@ -275,10 +309,11 @@ def publish(
 def is_any_to_remove(transaction: Transaction) -> bool:
     """Whether there is a checkpoint to mark for removal, or to remove. Writes and locks nothing."""
     superseded = CheckpointRow.id.in_(_superseded())
+    expired = _is_expired(transaction)
     abandoned = and_(CheckpointRow.status == "pending", _is_abandoned())
     inspected = _is_inspected(transaction)
     found = select(CheckpointRow.id).where(
-        or_(CheckpointRow.status == "deleting", superseded, abandoned, inspected)
+        or_(CheckpointRow.status == "deleting", superseded, abandoned, inspected, expired)
     )
     return transaction.scalars(found.limit(1)).first() is not None
 
@@ -297,7 +332,7 @@ def _superseded() -> Select[tuple[str]]:
     """Ids of the checkpoints that no job keeps.
 
     Kept are the ``keep_last`` newest of each job, its best one, its result, of every ``keep_every``
-    the last, pinned ones, and those that an unfinished job starts from.
+    the last, pinned and promoted ones, and those that an unfinished job starts from.
     """
     rank = (
         func.row_number()
@@ -328,6 +363,7 @@ def _superseded() -> Select[tuple[str]]:
             ranked.c.id.is_distinct_from(JobRow.result_checkpoint_id),
             ~is_nth,
             ranked.c.id.not_in(_needed()),
+            ranked.c.id.not_in(promotions.promoted_ids()),
         )
         .correlate(None)
     )
@@ -377,10 +413,41 @@ def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
         CheckpointRow.status == "available",
         CheckpointRow.damaged_at < transaction.now - KEPT_DAMAGED,
         ~CheckpointRow.is_pinned,
+        ~promotions.is_promoted(),
         ~is_result.exists(),
         CheckpointRow.id.not_in(_needed()),
         has_newer.exists(),
     )
+
+
+def _is_expired(transaction: Transaction) -> ColumnElement[bool]:
+    """Whether a checkpoint is past its time, and nobody keeps or needs it."""
+    own = aliased(JobRow)  # the statement around it may select jobs too
+    is_resumed_from = select(own.id).where(
+        own.id == CheckpointRow.job_id,
+        own.status.not_in(list(TERMINAL)),
+        own.latest_checkpoint_id == CheckpointRow.id,
+    )
+    return and_(
+        CheckpointRow.expires_at <= transaction.now,
+        CheckpointRow.status == "available",
+        ~CheckpointRow.is_pinned,
+        ~promotions.is_promoted(),
+        CheckpointRow.id.not_in(_needed()),
+        ~is_resumed_from.exists(),
+    )
+
+
+def expired(transaction: Transaction) -> Sequence[tuple[str, str, str]]:
+    """Project, job and id of each checkpoint that is to be removed as it is past its time."""
+    columns = (JobRow.project_id, CheckpointRow.job_id, CheckpointRow.id)
+    found = transaction.execute(
+        select(*columns)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(_is_expired(transaction))
+        .order_by(CheckpointRow.expires_at)
+    ).all()
+    return [(project_id, job_id, id_) for project_id, job_id, id_ in found]
 
 
 def mark_inspected(transaction: Transaction) -> int:

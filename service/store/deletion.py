@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, func, select, update
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL
-from service.store import checkpoints, events, jobs
+from service.store import checkpoints, events, jobs, promotions
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobInputRow, JobRow
 
@@ -20,7 +20,7 @@ def mark_job(transaction: Transaction, project_id: str, job_id: str) -> None:
     Raises:
         NotFoundError: The project has no job with this id.
         ConflictError: It has not ended (``job_not_ended``), or one of its checkpoints is pinned or
-            another unfinished job starts from one (``checkpoint_in_use``).
+            promoted, or another unfinished job starts from one (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
     if job.status not in TERMINAL:
@@ -29,16 +29,14 @@ def mark_job(transaction: Transaction, project_id: str, job_id: str) -> None:
             "first, or wait for its end",
             code="job_not_ended",
         )
-    pinned = transaction.scalars(
-        select(func.min(CheckpointRow.id)).where(
-            CheckpointRow.job_id == job_id, checkpoints.is_kept_by_pin()
-        )
-    ).one()
-    if pinned is not None:
-        raise ConflictError(
-            f"checkpoint {pinned} of job {job_id} is pinned; unpin it first",
-            code="checkpoint_in_use",
-        )
+    kept = transaction.scalars(
+        select(CheckpointRow)
+        .where(CheckpointRow.job_id == job_id, checkpoints.is_kept_by_user())
+        .order_by(CheckpointRow.id)
+        .limit(1)
+    ).one_or_none()
+    if kept is not None:
+        raise _kept_by_user(transaction, kept)
     _mark(transaction, CheckpointRow.job_id == job_id)
     transaction.execute(
         update(JobRow)
@@ -49,14 +47,19 @@ def mark_job(transaction: Transaction, project_id: str, job_id: str) -> None:
 
 
 def mark_checkpoint(
-    transaction: Transaction, project_id: str, job_id: str, checkpoint_id: str
+    transaction: Transaction,
+    project_id: str,
+    job_id: str,
+    checkpoint_id: str,
+    *,
+    has_expired: bool = False,
 ) -> None:
-    """Delete a checkpoint.
+    """Delete a checkpoint, because a user says so or because its time is over.
 
     Raises:
         NotFoundError: The job has no such checkpoint.
-        ConflictError: It is pinned, its own job has not ended and would resume from it, or another
-            unfinished job starts from it (``checkpoint_in_use``).
+        ConflictError: It is pinned or promoted, its own job has not ended and would resume from it,
+            or another unfinished job starts from it (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
     found = checkpoints.stored(transaction, job_id, checkpoint_id)
@@ -68,14 +71,29 @@ def mark_checkpoint(
             code="checkpoint_in_use",
         )
     if found.is_pinned:
-        raise ConflictError(
-            f"checkpoint {checkpoint_id} is pinned; unpin it first", code="checkpoint_in_use"
-        )
+        raise _kept_by_user(transaction, found)
     _mark(transaction, CheckpointRow.id == checkpoint_id)
     checkpoints.point_to(transaction, job, checkpoints.newest(transaction, job_id))
-    message = f"checkpoint of step {found.step} was deleted by a user"
-    data = {"kind": "checkpoint_deleted", "checkpoint_id": checkpoint_id, "step": found.step}
+    kind, what = "checkpoint_deleted", "was deleted by a user"
+    if has_expired:
+        kind, what = "checkpoint_expired", "has expired and is removed"
+    message = f"checkpoint of step {found.step} {what}"
+    data = {"kind": kind, "checkpoint_id": checkpoint_id, "step": found.step}
     events.append(transaction, job_id, [events.NewEvent(message, data=data)])
+
+
+def _kept_by_user(transaction: Transaction, checkpoint: CheckpointRow) -> ConflictError:
+    """The error about a checkpoint that is pinned or promoted."""
+    why = "is pinned; unpin it first"
+    if not checkpoint.is_pinned:
+        names = promotions.names_of(transaction, [checkpoint.id])[checkpoint.id]
+        why = (
+            f"is the model {', '.join(map(repr, names))}; promote another checkpoint to that name, "
+            "or delete the model, first"
+        )
+    return ConflictError(
+        f"checkpoint {checkpoint.id} of job {checkpoint.job_id} {why}", code="checkpoint_in_use"
+    )
 
 
 def mark_model(transaction: Transaction, project_id: str, name: str) -> None:
@@ -95,16 +113,21 @@ def mark_model(transaction: Transaction, project_id: str, name: str) -> None:
 
 
 def _mark(transaction: Transaction, which: ColumnElement[bool]) -> None:
-    """Mark checkpoints for removal that no other unfinished job starts from.
+    """Mark checkpoints for removal that are not promoted and that no unfinished job starts from.
 
     Raises:
-        ConflictError: Such a job starts from one of them.
+        ConflictError: One of them is promoted, or such a job starts from it.
     """
-    # A concurrent submission locks the checkpoints that its job starts from. Once these locks are
-    # granted, the job is visible to the next statement.
+    # A concurrent submission locks the checkpoints that its job starts from, and a promotion the
+    # one that it names. Once these locks are granted, both are visible to the next statements.
     locked = transaction.scalars(
         select(CheckpointRow.id).where(which).order_by(CheckpointRow.id).with_for_update()
     ).all()
+    promoted = transaction.scalars(
+        select(CheckpointRow).where(which, promotions.is_promoted()).order_by(CheckpointRow.id)
+    ).first()
+    if promoted is not None:
+        raise _kept_by_user(transaction, promoted)
     needed_by = transaction.scalars(
         select(func.min(JobInputRow.job_id))
         .join(CheckpointRow, CheckpointRow.id == JobInputRow.checkpoint_id)

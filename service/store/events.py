@@ -124,6 +124,13 @@ def read_after(
     return transaction.scalars(statement.order_by(JobEventRow.seq).limit(limit)).all()
 
 
+def request_of(transaction: Transaction, job_id: str) -> str | None:
+    """The id of the request that submitted a job; None: its first event does not have it."""
+    first = transaction.get(JobEventRow, (job_id, 1))
+    found = None if first is None else (first.data or {}).get("request_id")
+    return found if isinstance(found, str) else None
+
+
 def newest_seqs(
     transaction: Transaction, job_ids: Sequence[str]
 ) -> Mapping[str, tuple[int, JobStatus]]:

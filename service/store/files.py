@@ -34,10 +34,18 @@ def get(
     return found
 
 
+def find(transaction: Transaction, project_id: str, file_id: str) -> FileRow | None:
+    """A file of the project, or None."""
+    return transaction.scalars(
+        select(FileRow).where(FileRow.project_id == project_id, FileRow.id == file_id)
+    ).one_or_none()
+
+
 def add(transaction: Transaction, file: FileRow) -> None:
     """Store the row of a new file."""
     file.created_at = transaction.now
     transaction.add(file)
+    transaction.flush()
 
 
 def keep(transaction: Transaction, ids: Collection[str]) -> set[str]:

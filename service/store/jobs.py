@@ -55,7 +55,12 @@ def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow |
     ).one_or_none()
 
 
-def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None:
+def submit(
+    transaction: Transaction,
+    job: JobRow,
+    inputs: Sequence[str],
+    request_id: str | None = None,
+) -> None:
     """Store a new job, the checkpoints it starts from, and its first event.
 
     Raises:
@@ -65,12 +70,14 @@ def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None
     transaction.flush()
     transaction.add_all(JobInputRow(job_id=job.id, checkpoint_id=item) for item in inputs)
     transaction.flush()
-    data = {
+    data: dict[str, object] = {
         "kind": "status",
         "status": job.status,
         "status_detail": job.status_detail,
         "attempt": 0,
     }
+    if request_id is not None:
+        data["request_id"] = request_id
     events.append(transaction, job.id, [events.NewEvent(job.status_message or "queued", data=data)])
 
 

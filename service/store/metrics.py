@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, and_, func, select
 from sqlalchemy.orm import aliased
 
 from dar.protocol.base import MAX_COUNT
-from dar.protocol.metrics import current_values
+from dar.protocol.metrics import current_name, current_values
 from dar.protocol.worker import MetricsRow
 from service.store import rewinds
 from service.store.database import Transaction
@@ -73,7 +73,13 @@ def read(
     if after:
         new = {row.step for row in kept if row.id > after}
         kept = [row for row in kept if row.step in new]
-    return _series(kept, names)
+    return series_of(kept, names)
+
+
+def first_step_after(transaction: Transaction, job_id: str, after: int) -> int | None:
+    """The lowest step with a row after the cursor ``after``; None: there is no such row."""
+    found = select(func.min(MetricRow.step)).where(MetricRow.job_id == job_id, MetricRow.id > after)
+    return transaction.scalars(found).one()
 
 
 def read_rewound(
@@ -90,7 +96,7 @@ def read_rewound(
     for row in transaction.execute(_rows(job_id, 0, from_step, to_step)).all():
         if row.step > last.get(row.attempt, MAX_COUNT):
             by_attempt.setdefault(row.attempt, []).append(row)
-    return {attempt: _series(rows, names) for attempt, rows in sorted(by_attempt.items())}
+    return {attempt: series_of(rows, names) for attempt, rows in sorted(by_attempt.items())}
 
 
 def rewound_to(transaction: Transaction, job: JobRow, after: int) -> int | None:
@@ -102,15 +108,16 @@ def rewound_to(transaction: Transaction, job: JobRow, after: int) -> int | None:
     seen = transaction.get(MetricRow, after)
     if seen is None or seen.job_id != job.id:
         return None
-    # That row may be a late one of an earlier attempt.
-    newest, step = transaction.execute(
-        select(func.max(MetricRow.attempt), func.max(MetricRow.step)).where(
-            MetricRow.job_id == job.id, MetricRow.id <= after
-        )
-    ).one()
+    was_shown = and_(MetricRow.job_id == job.id, MetricRow.id <= after)
+    newest = seen.attempt
+    if newest < job.attempt:  # that row may be a late one of an earlier attempt
+        newest = transaction.scalars(select(func.max(MetricRow.attempt)).where(was_shown)).one()
     last = rewinds.last_step(transaction, job.id, newest)
-    is_behind = newest < job.attempt or step > last
-    return last if is_behind and last < MAX_COUNT else None
+    if last == MAX_COUNT:
+        return None
+    later = select(MetricRow.id).where(was_shown, MetricRow.step > last).limit(1)
+    is_behind = newest < job.attempt or transaction.scalars(later).first() is not None
+    return last if is_behind else None
 
 
 def unfinished_step(transaction: Transaction, job_id: str) -> tuple[int, dict[str, float]] | None:
@@ -161,23 +168,31 @@ def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[st
     return found
 
 
-def _series(rows: Sequence[Any], names: Collection[str] | None) -> dict[str, Points]:
+def series_of(rows: Sequence[Any], names: Collection[str] | None = None) -> dict[str, Points]:
+    """The series in some rows, which are in the order of their steps.
+
+    A later row of the same step replaces the values of an earlier one.
+    """
     series: dict[str, Points] = {}
     wanted = None if names is None else frozenset(names)
+    stored: dict[str, Points | None] = {}
     for row in rows:
-        for name, value in current_values(orjson.loads(row.values_json)).items():
-            if wanted is None or name in wanted:
-                _put(series.setdefault(name, Points()), row.step, row.at, value)
+        step, at = row.step, row.at
+        for name, value in orjson.loads(row.values_json).items():
+            if name not in stored:
+                shown = current_name(name)
+                is_wanted = wanted is None or shown in wanted
+                stored[name] = series.setdefault(shown, Points()) if is_wanted else None
+            points = stored[name]
+            if points is None:
+                continue
+            if points.step and points.step[-1] == step:
+                points.at[-1], points.value[-1] = at, value
+            else:
+                points.step.append(step)
+                points.value.append(value)
+                points.at.append(at)
     return series
-
-
-def _put(points: Points, step: int, at: float, value: float | None) -> None:
-    if points.step and points.step[-1] == step:
-        points.at[-1], points.value[-1] = at, value
-        return
-    points.step.append(step)
-    points.at.append(at)
-    points.value.append(value)
 
 
 def _rows(

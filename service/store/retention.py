@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.settings import Settings
-from service.store import checkpoints
+from service.store import checkpoints, events
 from service.store.database import Transaction
 from service.store.tables import (
     AttemptRow,
@@ -41,7 +41,9 @@ from service.store.tables import (
     JobEventRow,
     JobInputRow,
     JobRow,
+    MetricRollupRow,
     MetricRow,
+    ModelAliasRow,
     RewardFailureRow,
     SampleRow,
     SpoolRow,
@@ -87,6 +89,7 @@ RULES = (
     Rule("reward_failures", "events_kept_days", RewardFailureRow, (RewardFailureRow.job_id,)),
     Rule("trainer_logs", "events_kept_days", TrainerLogRow, (TrainerLogRow.job_id,)),
     Rule("samples", "samples_kept_days", SampleRow, (SampleRow.job_id,)),
+    Rule("metric_rollups", "metrics_kept_days", MetricRollupRow, (MetricRollupRow.job_id,)),
     Rule("metrics", "metrics_kept_days", MetricRow, (MetricRow.job_id,)),
     Rule("digests", "digests_kept_days", SpoolRow, (SpoolRow.job_id, SpoolRow.attempt)),
 )
@@ -188,22 +191,52 @@ def samples_bytes(transaction: Transaction) -> int:
     return int(transaction.scalars(select(func.coalesce(func.sum(JobRow.samples_bytes), 0))).one())
 
 
-def delete_oldest_samples(transaction: Transaction, surplus: int, after: int) -> int | None:
+def oversized_jobs(transaction: Transaction, limit: int) -> Mapping[str, int]:
+    """The jobs whose samples have more than ``limit`` bytes, and by how much."""
+    found = transaction.execute(
+        select(JobRow.id, (JobRow.samples_bytes - limit).label("surplus"))
+        .where(JobRow.samples_bytes > limit, JobRow.deleted_at.is_(None))
+        .order_by(JobRow.id)
+    )
+    return {row.id: row.surplus for row in found}
+
+
+def count_samples(transaction: Transaction, job_id: str) -> tuple[int, int]:
+    """How many samples a job has, and the last of their steps."""
+    found = select(func.count(), func.coalesce(func.max(SampleRow.step), 0))
+    count, step = transaction.execute(found.where(SampleRow.job_id == job_id)).one()
+    return count, step
+
+
+def note_thinned(transaction: Transaction, job_id: str, count: int, step: int) -> None:
+    """Add an event to a job whose samples were too large."""
+    message = (
+        f"{count} samples of steps up to {step} were deleted, because a job may have "
+        "DAR_JOB_SAMPLES_BYTES of them; the best and worst of each step are kept longest"
+    )
+    data = {"kind": "samples_thinned", "count": count, "step": step}
+    events.append(transaction, job_id, [events.NewEvent(message, data=data)])
+
+
+def delete_oldest_samples(
+    transaction: Transaction, surplus: int, after: int, job_id: str | None = None
+) -> int | None:
     """Delete the oldest samples that are neither best nor worst of their step.
 
     Args:
         transaction: The transaction to write in.
         surplus: Bytes that are to be deleted; no more samples than that takes are deleted.
         after: Where the last call has ended; 0 at first.
+        job_id: The only job whose samples may be deleted; None: any.
 
     Returns:
         Where the next call is to begin. None: only the best and worst of each step were left, and
         the oldest of those were deleted.
     """
-    found = _oldest(transaction, after, is_ordinary=True)
+    found = _oldest(transaction, after, job_id, is_ordinary=True)
     last = found[-1][0] if found else None
     if last is None:
-        found = _oldest(transaction, 0, is_ordinary=False)
+        found = _oldest(transaction, 0, job_id, is_ordinary=False)
     doomed: list[int] = []
     total = 0
     for sample_id, size in found:
@@ -218,10 +251,12 @@ def delete_oldest_samples(transaction: Transaction, surplus: int, after: int) ->
 
 
 def _oldest(
-    transaction: Transaction, after: int, *, is_ordinary: bool
+    transaction: Transaction, after: int, job_id: str | None, *, is_ordinary: bool
 ) -> Sequence[tuple[int, int]]:
     """Ids and sizes of the oldest samples after ``after``."""
     statement = select(SampleRow.id, _size(transaction)).where(SampleRow.id > after)
+    if job_id is not None:
+        statement = statement.where(SampleRow.job_id == job_id)
     if is_ordinary:
         other = aliased(SampleRow)
         same_step = select(literal(1)).where(
@@ -275,10 +310,10 @@ def old_jobs(
 
 
 def _is_old(transaction: Transaction, settings: Settings) -> ColumnElement[bool]:
-    """Whether a job ended too long ago, and has no pinned checkpoint."""
+    """Whether a job ended too long ago, and has no checkpoint that a user keeps."""
     cutoff = transaction.now - timedelta(days=settings.jobs_kept_days)
-    pinned = select(CheckpointRow.job_id).where(checkpoints.is_kept_by_pin()).correlate(None)
-    return and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id.not_in(pinned))
+    kept = select(CheckpointRow.job_id).where(checkpoints.is_kept_by_user()).correlate(None)
+    return and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id.not_in(kept))
 
 
 # --- deleted jobs ---
@@ -311,9 +346,10 @@ def purge(transaction: Transaction, job_ids: Collection[str]) -> bool:
     deleted = select(JobRow.id).where(JobRow.id.in_(job_ids), JobRow.deleted_at.is_not(None))
     ids = transaction.scalars(deleted.order_by(JobRow.id).with_for_update()).all()
     of_job = select(CheckpointRow.id).where(CheckpointRow.job_id.in_(ids))
-    inputs = JobInputRow.__table__
+    inputs, aliases = JobInputRow.__table__, ModelAliasRow.__table__
     if _delete_rows(transaction, inputs, JobInputRow.checkpoint_id.in_(of_job)) >= CHUNK:
         return False
+    _delete_rows(transaction, aliases, ModelAliasRow.checkpoint_id.in_(of_job))
     for table in reversed(Base.metadata.sorted_tables):
         column = _job_column(table)
         if column is not None and _delete_rows(transaction, table, column.in_(ids)) >= CHUNK:

@@ -19,7 +19,16 @@ from dar.protocol.base import MAX_COUNT
 from dar.protocol.jobs import Forecast
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
-from service.store import events, metrics, pace, reward_failures, rewinds, samples, stops
+from service.store import (
+    events,
+    metric_rollups,
+    metrics,
+    pace,
+    reward_failures,
+    rewinds,
+    samples,
+    stops,
+)
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.tables import AttemptRow, JobRow, SpoolRow
@@ -76,6 +85,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     progress = _progress(transaction, held, fresh)
     steps = [row for row in fresh if isinstance(row, MetricsRow)]
     metrics.add(transaction, job.id, attempt.number, steps)
+    metric_rollups.add(transaction, held, steps)
     samples.add(
         transaction, job.id, attempt.number, [r for r in fresh if isinstance(r, SamplesRow)]
     )

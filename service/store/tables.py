@@ -88,6 +88,44 @@ class FileRow(Base):
     created_at: Mapped[datetime]
 
 
+class FileUploadRow(Base):
+    """A training file that arrives in parts."""
+
+    __tablename__ = "file_uploads"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('pending', 'completed', 'cancelled', 'expired')", name="status"
+        ),
+        Index(None, "status", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    filename: Mapped[str] = mapped_column(String(256))
+    purpose: Mapped[str] = mapped_column(String(32))
+    mime_type: Mapped[str] = mapped_column(String(256))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[str] = mapped_column(String(12))
+    file_id: Mapped[str | None] = mapped_column(Id)
+    """The file that it has become; the file may have been deleted since."""
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class FileUploadPartRow(Base):
+    """A part of an upload. Its content is in the artifact store until the upload has ended."""
+
+    __tablename__ = "file_upload_parts"
+    __table_args__ = (Index(None, "upload_id", "created_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("file_uploads.id"))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+
+
 class JobRow(Base):
     """A training job. This row is its only state; the broker and the workers follow it."""
 
@@ -377,6 +415,21 @@ class MetricRow(Base):
     values_json: Mapped[str] = mapped_column(Text)
 
 
+class MetricRollupRow(Base):
+    """The extremes of all series of an attempt in one bucket of steps."""
+
+    __tablename__ = "metric_rollups"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    level: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """The bucket has ``2**level`` steps."""
+    bucket: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Its first step / ``2**level``."""
+    extremes_json: Mapped[str] = mapped_column(Text)
+    """``Extremes`` of `service.store.metric_rollups` by the name of the series."""
+
+
 class SampleRow(Base):
     """A completion kept for viewing."""
 
@@ -434,6 +487,7 @@ class CheckpointRow(Base):
         UniqueConstraint("job_id", "attempt", "step"),
         Index(None, "status"),
         Index(None, "name"),
+        Index(None, "expires_at"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -460,6 +514,8 @@ class CheckpointRow(Base):
     reward: Mapped[float | None] = mapped_column(Float(53))
     kl: Mapped[float | None] = mapped_column(Float(53))
     is_pinned: Mapped[bool] = mapped_column(default=False)
+    expires_at: Mapped[datetime | None]
+    """When it is removed, unless it is pinned, promoted or needed; null: never for its age."""
 
     @hybrid_property
     def is_whole(self) -> bool:
@@ -470,6 +526,19 @@ class CheckpointRow(Base):
     @classmethod
     def _is_whole(cls) -> ColumnElement[bool]:
         return and_(cls.status == "available", cls.damage.is_(None))
+
+
+class ModelAliasRow(Base):
+    """A name that a user has given to a checkpoint, which is a model by this name."""
+
+    __tablename__ = "model_aliases"
+    __table_args__ = (Index(None, "checkpoint_id"),)
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"))
+    created_at: Mapped[datetime]
+    """When it was given to this checkpoint."""
 
 
 class StorageIdRow(Base):

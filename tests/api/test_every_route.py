@@ -177,7 +177,8 @@ def test_every_route_with_a_body_refuses_another_type_and_too_much(walked: Walke
     for route in users_routes():
         if route.operation.get("requestBody"):
             answer = walked.send(route, content=b"a,b\n", headers={"content-type": "text/csv"})
-            refused(answer, route, 400, 415)
+            # An upload is found before its part is read.
+            refused(answer, route, 400, 415, *((404,) if NONE in route.at(walked.ids) else ()))
         if route.takes_json:
             answer = walked.send(route, content=too_much, headers={"content-type": JSON})
             assert refused(answer, route, 413)["code"] == "payload_too_large", route

@@ -32,13 +32,15 @@ ADDED = {
         "is_startable",
         "is_stoppable",
         "links.config",
+        "links.stream",
         "method",
         "origin",
         "progress.calibration_completions",
         "progress.calibration_tokens",
         "usage",
     },
-    "fine_tuning.job.checkpoint": {"is_best", "is_pinned", "reward"},
+    "fine_tuning.job.checkpoint": {"aliases", "expires_at", "is_best", "is_pinned", "reward"},
+    "fine_tuning.job.sample": {"prompt_id"},
     "model": {"created"},
 }
 """Type of an object -> the fields that it shows besides those of the stored views.

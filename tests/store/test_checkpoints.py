@@ -3,6 +3,7 @@ needless.
 """
 
 from copy import deepcopy
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import pytest
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.worker import MetricsRow
 from fakes.world import World
-from service.store import best_checkpoint, checkpoints, fence, rows, transitions
+from service.store import (
+    best_checkpoint,
+    checkpoints,
+    deletion,
+    fence,
+    promotions,
+    rows,
+    transitions,
+)
 from service.store.best_checkpoint import Standing
 from service.store.tables import JobInputRow, JobRow
 
@@ -138,6 +147,54 @@ def test_the_newest_the_best_every_nth_and_pinned_ones_are_kept(world: World) ->
         assert checkpoints.mark_superseded(transaction) == 1
         with pytest.raises(NotFoundError, match="no longer kept"):
             checkpoints.pin(transaction, made[0], is_pinned=True)
+
+
+def test_a_promoted_checkpoint_is_kept_until_its_name_is_taken_back(world: World) -> None:
+    held = world.running(keep_last=1)
+    made = [world.publish(held, step, Standing(step, None)) for step in (1, 2, 3, 4)]
+    project = world.project_id
+    with world.database.write() as transaction:
+        promotions.promote(transaction, project, "mine", made[0].id)
+        promotions.promote(transaction, project, "mine", made[1].id)
+        promotions.promote(transaction, project, "yours", made[1].id)
+        promotions.promote(transaction, project, "first", made[0].id)
+        assert promotions.names_of(transaction, [one.id for one in made]) == {
+            made[0].id: ["first"],
+            made[1].id: ["mine", "yours"],
+        }
+        assert checkpoints.mark_superseded(transaction) == 1
+        found = [name for name, _, _ in checkpoints.models(transaction, project, limit=3)]
+        assert found[:3] == ["first", "mine", "yours"]
+        [(_, row, _)] = checkpoints.models(transaction, project, name="mine")
+        assert row.id == made[1].id
+        with pytest.raises(ConflictError, match="is the model 'first'"):
+            deletion.mark_checkpoint(transaction, project, held.job.id, made[0].id)
+        assert promotions.remove(transaction, project, "first")
+        assert not promotions.remove(transaction, project, "first")
+        assert checkpoints.mark_superseded(transaction) == 1
+    assert visible(world, held.job.id) == [4, 2]
+
+
+def test_what_has_expired_and_nobody_keeps_or_needs_is_found(world: World) -> None:
+    held = world.running(keep_last=9)
+    made = [world.publish(held, step, Standing(step, None)) for step in (1, 2, 3, 4, 5)]
+    over, later = world.clock.now, world.clock.now + timedelta(seconds=60)
+    with world.database.write() as transaction:
+        for row in made[1:]:
+            checkpoints.set_expiry(transaction, row, over)
+        checkpoints.set_expiry(transaction, made[0], later)
+        checkpoints.pin(transaction, made[1], is_pinned=True)
+        promotions.promote(transaction, world.project_id, "mine", made[2].id)
+    place = (world.project_id, held.job.id)
+    with world.database.read() as transaction:
+        assert checkpoints.is_any_to_remove(transaction)
+        assert checkpoints.expired(transaction) == [(*place, made[3].id)]
+    with world.database.write() as transaction:
+        deletion.mark_checkpoint(transaction, *place, made[3].id, has_expired=True)
+        assert checkpoints.expired(transaction) == []
+    world.clock.advance(60)
+    with world.database.read() as transaction:
+        assert checkpoints.expired(transaction) == [(*place, made[0].id)]
 
 
 @pytest.mark.parametrize(("budget", "best"), [(None, 8), (1.0, 4), (0.1, 2), (5.0, 6)])

@@ -9,7 +9,7 @@ import pytest
 
 from dar.errors import ConflictError
 from fakes.world import World
-from service.store import checkpoints, deletion, files, jobs, transitions
+from service.store import checkpoints, deletion, files, jobs, promotions, transitions
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobInputRow, JobRow
 
@@ -94,6 +94,26 @@ def test_a_checkpoint_is_not_removed_under_a_submission(world: World) -> None:
     assert outcome == [0]
     with world.database.write() as submission:
         assert not checkpoints.keep(submission, ["ckpt-none"])
+
+
+def test_a_checkpoint_is_not_removed_under_its_promotion(world: World) -> None:
+    held = world.running(keep_last=1)
+    older = world.publish(held, 2)
+    world.publish(held, 4)
+    place = (world.project_id, held.job.id, older.id)
+    delete = in_transaction(world, lambda tx: deletion.mark_checkpoint(tx, *place))
+    for work, expected in (
+        (in_transaction(world, checkpoints.mark_superseded), 0),
+        (delete, "checkpoint_in_use"),
+    ):
+        with world.database.write() as promotion:
+            assert checkpoints.keep(promotion, [older.id])
+            with meanwhile(work) as outcome:
+                promotions.promote(promotion, world.project_id, "mine", older.id)
+                promotion.commit()
+        assert outcome == [expected]
+        with world.database.write() as transaction:
+            promotions.remove(transaction, world.project_id, "mine")
 
 
 @pytest.mark.parametrize("work", [checkpoints.set_aside, checkpoints.note_whole])

@@ -170,6 +170,33 @@ def test_the_oldest_samples_go_first_and_the_best_and_worst_of_a_step_last(setup
     assert sum(setup.world.job(job_id).samples_bytes for job_id in (first, second)) == 2 * size
 
 
+def test_the_samples_of_one_large_job_are_thinned_and_an_event_says_so(setup: Setup) -> None:
+    large, small = (setup.world.running().job.id for _ in range(2))
+    setup.fill(large, rows=2, rewards=(0.1, None, 0.5, 0.9))
+    setup.fill(small, rows=1, rewards=(0.2, 0.3, 0.4))
+
+    def kept(most: int) -> list[tuple[str, int, float | None]]:
+        setup.retention(job_samples_bytes=most).run_once()
+        with setup.world.database.read() as transaction:
+            rows = transaction.query(SampleRow).order_by(SampleRow.id)
+            return [(row.job_id, row.step, row.reward) for row in rows]
+
+    def told() -> list[Any]:
+        found = [event.data for event in setup.world.events(large) if event.data is not None]
+        return [data["count"] for data in found if data.get("kind") == "samples_thinned"]
+
+    size = SAMPLE_BYTES
+    whole = kept(8 * size)
+    assert (len(whole), told()) == (11, [])
+    others = [(small, 1, 0.2), (small, 1, 0.3), (small, 1, 0.4)]
+    extremes = [(large, 1, 0.1), (large, 1, 0.9), (large, 2, 0.1), (large, 2, 0.9)]
+    assert kept(4 * size) == extremes + others
+    assert kept(3 * size) == extremes[1:] + others
+    assert kept(3 * size) == extremes[1:] + others
+    assert told() == [4, 1]
+    assert setup.world.job(large).samples_bytes == 3 * size
+
+
 @pytest.mark.parametrize("at", range(1, 7))
 def test_a_crash_amid_a_deletion_leaves_nothing_behind(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, at: int

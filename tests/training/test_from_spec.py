@@ -128,6 +128,10 @@ def test_a_job_makes_no_more_passes_than_its_spec_says_although_its_batch_is_lar
     train_job(replace(inputs, total_steps=steps), sink, NullControl())
     assert sorted(sink.reports) == [1]
     assert sink.reports[1]["train/epoch"] == 1
+    places = {(row.group, row.index) for row in sink.shown[1]}
+    per_prompt = len(places) // 5
+    every = {(group, index) for group in range(5) for index in range(per_prompt)}
+    assert places == every, "all completions are reported"
 
 
 def test_a_job_without_any_usable_reward_fails_and_shows_its_last_step(

@@ -63,6 +63,9 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     shown = installation.api("GET", f"/fine_tuning/jobs/{job_id}/logs", params={"attempt": 1})
     assert (shown["text"], shown["bytes"]) == (kept, len(kept))
     assert "a cosmic ray" in kept
+    params = {"order": "asc", "limit": 1}
+    first = installation.api("GET", f"/fine_tuning/jobs/{job_id}/events", params=params)["data"][0]
+    assert f"job {job_id}, submitted by request {first['data']['request_id']}" in kept
 
 
 @pytest.mark.slow  # two attempts

@@ -224,6 +224,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
     redact = launch.redactor()
     for handler in logging.getLogger().handlers:  # a traceback may quote a reward service
         handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter(), redact))
+    log.info("job %s, submitted by request %s", launch.job_id, launch.request_id or "(unknown)")
     LogFile(AttemptFolder(launch.folder).log_of(launch.process), launch.log_bytes).watch()
     control = StdinControl(
         stdin,

@@ -159,7 +159,12 @@ class Supervisor:
 
     def run(self) -> None:
         """Run the attempt until it ends. Failures are reported to the service, not raised."""
-        context = {"job": self._lease.job_id, "attempt": self._lease.attempt}
+        lease = self._lease
+        context = {
+            "job": lease.job_id,
+            "attempt": lease.attempt,
+            "request_id": lease.request_id,
+        }
         log.info("attempt begins", **context)
         end: AttemptEnd | None = None
         try:
@@ -285,6 +290,7 @@ class Supervisor:
         return Launch(
             folder=self._folder.path,
             job_id=lease.job_id,
+            request_id=lease.request_id,
             spec=lease.spec,
             seed=lease.seed,
             total_steps=lease.total_steps,

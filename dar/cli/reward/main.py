@@ -193,7 +193,9 @@ def rotate_secret(
     ] = None,
     drop_old: Annotated[
         bool,
-        typer.Option("--drop-old", help="Do not sign with the old secret for another 24 hours."),
+        typer.Option(
+            "--drop-old", help="Stop signing with the old secret at once, not after 24 hours."
+        ),
     ] = False,
 ) -> None:
     """Make a new secret for the project's requests to reward services that jobs name by URL.

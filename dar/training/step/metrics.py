@@ -25,10 +25,6 @@ from dar.training.step.degenerate import DegenerateWatch
 from dar.training.step.learning import LearningWatch
 from dar.training.step.records import ScoredStep
 
-SHOWN_GROUPS = 4
-"""Prompts of a step whose completions are reported for viewing."""
-SHOWN_SAMPLES = 64
-"""Most completions of a step that are reported for viewing."""
 SHOWN_CHARACTERS = 8192
 """Longest text of a reported prompt or completion."""
 
@@ -134,9 +130,8 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
 
 
 def sample_rows(step: ScoredStep) -> list[ReportedSample]:
-    """Completions of the step's first prompts, with everything that decided their weight."""
+    """All completions of the step, with everything that decided their weight."""
     places = step.places
-    rows = range(min(sum(step.counts[:SHOWN_GROUPS]), SHOWN_SAMPLES))
     return [
         ReportedSample(
             group=places[row][0],
@@ -156,7 +151,7 @@ def sample_rows(step: ScoredStep) -> list[ReportedSample]:
             logp_ref=_where_valid(step, step.ref_logps_B, row),
             logp_behavior=step.behavior_logps_B[row].item(),
         )
-        for row in rows
+        for row in range(len(step.texts))
         if step.behavior_logps_B[row].isfinite()
     ]
 

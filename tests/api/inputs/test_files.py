@@ -39,6 +39,10 @@ def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any
     assert (part.status_code, part.content) == (206, GOOD[5:10])
     tail = live.http.get(path, headers={"range": "bytes=-4"})
     assert (tail.status_code, tail.content) == (206, GOOD[-4:])
+    head = live.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(GOOD))
+    assert head.headers["repr-digest"] == part.headers["repr-digest"]
     stale = live.http.get(path, headers={"range": "bytes=5-9", "if-range": '"old"'})
     assert (stale.status_code, stale.content) == (200, GOOD)
     known = live.http.get(path, headers={"if-none-match": part.headers["etag"]})

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dar.protocol.spec import DARSpec
 from fakes.tiny_models import config
+from service.jobs import ingredients
 from service.jobs.memory_peak import peak_memory
 from service.jobs.model_checks import ModelFiles
 
@@ -88,5 +90,13 @@ def test_longer_completions_wider_batches_and_adapters_change_the_peak(tmp_path:
     assert peak(batch_size=16) == peak(batch_size=1600)  # passes are bounded
     assert peak(peft="lora") < peak()
     assert peak(precision="bf16") < peak()
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert peak_memory(DARSpec(), ModelFiles("tiny", tmp_path), None) is None
+
+
+@pytest.mark.parametrize(
+    "odd", [{"hidden_size": None}, {"hidden_size": 10**400}, {"head_dim": "4"}, {"vocab_size": 0}]
+)
+def test_a_config_that_makes_no_sense_has_no_peak(tmp_path: Path, odd: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **odd}))
+    model = ModelFiles("tiny", tmp_path)
+    assert peak_memory(DARSpec(), model, 4) is None
+    assert ingredients.of_model(model)

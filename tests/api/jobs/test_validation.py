@@ -81,6 +81,19 @@ def test_all_problems_are_said_at_once_each_with_its_place(
     }
 
 
+def test_every_row_that_lacks_a_value_is_named(live: Live, judge: Judge) -> None:
+    rows = [{"prompt": str(n), **({} if n % 3 else {"answer": "x"})} for n in range(90)]
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    spec = live.spec(
+        training_file=live.upload(content).json()["id"], dar=dar(judge, ["answer", "nothing"])
+    )
+    found = live.http.post(f"{PATH}/validate", json=spec).json()
+    places = [(one["param"].rpartition(".")[2], one["row"]) for one in found["problems"]]
+    lacking = [number for number in range(1, 91) if (number - 1) % 3]
+    assert places[:2] == [("columns[0]", 2), ("columns[1]", 1)]
+    assert places[2:] == [("columns[0]", number) for number in lacking[1:50]]
+
+
 def test_what_a_submission_refuses_may_not_proceed(serve: Callable[..., Live]) -> None:
     live = serve(hub_models=("Qwen/*",), hub_datasets=("trl-lib/*",))
     file_id = live.upload().json()["id"]

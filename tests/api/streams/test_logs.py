@@ -51,6 +51,20 @@ def test_a_log_is_read_by_level_and_followed(live: Live) -> None:
         assert client.jobs.log(job_id, after=10**9).text == "the end\n", "of another attempt"
 
 
+def test_the_id_of_the_submission_goes_with_the_job(live: Live) -> None:
+    spec = live.spec()
+    answer = live.http.post(
+        "/v1/fine_tuning/jobs", json=spec, headers={"x-request-id": "req-of-a-user"}
+    )
+    assert answer.headers["x-request-id"] == "req-of-a-user"
+    job_id = answer.json()["id"]
+    lease = live.claim()
+    assert lease is not None
+    assert (lease.body["job_id"], lease.body["request_id"]) == (job_id, "req-of-a-user")
+    first = live.job(job_id, "/events", order="asc", limit=1)["data"][0]
+    assert first["data"]["request_id"] == "req-of-a-user"
+
+
 @pytest.mark.parametrize(("query", "param", "code"), BAD)
 def test_bad_input_is_refused(
     live: Live, error_of: Callable[..., dict[str, Any]], query: str, param: str, code: str

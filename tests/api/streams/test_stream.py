@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from dar.errors import ConfigurationError, InvalidRequestError
 from dar.protocol.stream import StreamFrame
 from fakes.cutting_proxy import CuttingProxy
 from fakes.live_service import Lease, Live
+from fakes.postgres import Postgres
 from service.api import stream
 from service.background import feeds
 from service.store.tables import JobEventRow
@@ -296,3 +299,46 @@ def test_a_stop_of_the_service_ends_streams(live: Live) -> None:
         assert next(lines) == ": ping"
         live.runtime.notifier.release()
         assert "data: [DONE]" not in list(lines), "the client is to come back"
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
+    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
+    server = Postgres(folder)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow  # a PostgreSQL of its own, and two services
+def test_a_reader_of_one_replica_gets_what_another_one_stores(
+    serve: Callable[..., Live], postgres: Postgres
+) -> None:
+    url = postgres.url(postgres.create())
+    first, second = serve(database_url=url), serve(database_url=url)
+    job_id, lease = first.running(dar={"hyperparameters": {"max_steps": 20}})
+    got: list[dict[str, Any]] = []
+    readers = [
+        threading.Thread(target=lambda: got.extend(frames_of(second, job_id))) for _ in range(3)
+    ]
+    for reader in readers:
+        reader.start()
+    waiting = threading.Thread(
+        target=lambda: got.extend(
+            second.job(job_id, "/events", order="asc", after_seq=2, wait=20)["data"][:1]
+        )
+    )
+    waiting.start()
+    for step in range(1, 21):
+        lease.say(*step_rows(step))
+    finish(lease, 20)
+    for reader in (*readers, waiting):
+        reader.join(30)
+        assert not reader.is_alive()
+    found = sorted(frame["seq"] for frame in got if frame["type"] != "done")
+    whole = range(1, 2 + 20 * 3 + 2 + 1)
+    assert found == sorted([*(seq for seq in whole for _ in readers), 3])
