@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 from dar.version import __version__
 
 if TYPE_CHECKING:
-    from dar.client import Client
+    from dar.client import AsyncClient, Client
     from dar.training import DARConfig, DARTrainer, DataCollatorForDAR
 
-__all__ = ["Client", "DARConfig", "DARTrainer", "DataCollatorForDAR", "__version__"]
+__all__ = ["AsyncClient", "Client", "DARConfig", "DARTrainer", "DataCollatorForDAR", "__version__"]
 
 _HOMES = {
+    "AsyncClient": "dar.client",
     "Client": "dar.client",
     "DARConfig": "dar.training",
     "DARTrainer": "dar.training",

@@ -10,6 +10,8 @@ checkpoint = next(iter(client.checkpoints.list(job.id)))
 client.checkpoints.download(job.id, checkpoint.id, "weights/")
 
 client: `Client`, with one attribute per kind of object.
+async_client: `AsyncClient`, its twin for programs with an event loop.
+asynchronous: how a method gets its asynchronous twin.
 api_keys: API keys of users and workers.
 arguments: ids, lists, mappings and files given to methods, as the service takes them.
 transport: HTTP requests, their errors, retries and ``Retry-After``; the worker uses it too.
@@ -23,10 +25,14 @@ reward_endpoints: registered reward services.
 reward_secret: the secret for requests to reward services that jobs name by URL.
 stream: the stream of a job, opened again after a break.
 uploads: training files that are sent in parts.
+waiting: following a job by polling: until it ends, its new metrics, its growing log.
 workers: workers of the installation.
 """
 
+from dar.client.async_client import AsyncClient
+from dar.client.asynchronous import AsyncListing
 from dar.client.client import Client
 from dar.client.paging import Listing
+from dar.client.waiting import Following
 
-__all__ = ["Client", "Listing"]
+__all__ = ["AsyncClient", "AsyncListing", "Client", "Following", "Listing"]

@@ -1,22 +1,23 @@
 """Training jobs, with their metrics, samples and events."""
 
-import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ulid import ULID
 
 from dar.client.arguments import HasId, id_of, in_path, mapping, texts
 from dar.client.paging import Listing
 from dar.client.stream import follow
-from dar.client.transport import (
-    MAX_RETRY_AFTER_SECONDS,
-    Transport,
-    check_seconds,
+from dar.client.transport import Transport, check_seconds
+from dar.client.waiting import (
+    Following,
+    OnPause,
+    Watch,
+    ended,
+    log_steps,
+    metric_steps,
 )
-from dar.errors import ConfigurationError, ConflictError, DARError
+from dar.errors import ConfigurationError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
 from dar.protocol.job_config import JobConfig
@@ -26,21 +27,12 @@ from dar.protocol.metrics import JobMetrics, Metrics, ReportedMetric
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample, SampleFlag
 from dar.protocol.spec import JobSpec
-from dar.protocol.status import TERMINAL, JobStatus
+from dar.protocol.status import JobStatus
 from dar.protocol.stream import StreamFrame, StreamType
 
 PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
 SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage", "group"]
-OnPause = Literal["return", "raise", "wait"]
-log = logging.getLogger(__name__)
-STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
-"""Values of `status_detail` at which a person may have to change something."""
-REPEAT_SECONDS = 30.0
-"""Shortest time between two log lines about the same wait, whose message may change often."""
-OUTAGE_SECONDS = 300.0
-"""How long `Jobs.wait` tolerates failures that may pass: jobs continue while a service restarts, or
-while a proxy in front of it does."""
 
 
 class Jobs:
@@ -51,6 +43,7 @@ class Jobs:
 
     def create(
         self,
+        /,
         spec: JobSpec | Mapping[str, Any] | None = None,
         *,
         idempotency_key: str | None = None,
@@ -79,7 +72,7 @@ class Jobs:
         return self._transport.post(PATH, Job, body=_body(spec, fields), headers=headers)
 
     def validate(
-        self, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
+        self, /, spec: JobSpec | Mapping[str, Any] | None = None, **fields: object
     ) -> JobValidation:
         """Check a job without submitting it, with a short probe of its reward services.
 
@@ -308,35 +301,32 @@ class Jobs:
             DARError: For 300 s the service could not be reached, or failed in a way that may pass.
             ConfigurationError: An argument is out of range.
         """
-        _check_wait(on_pause, poll_seconds, timeout_seconds)
-        job_id = id_of(job_id)
-        started = answered = time.monotonic()
-        seen: Job | None = None
-        stalls = _StallLog()
-        while True:
-            pause = poll_seconds
-            try:
-                answer = self._transport.send("GET", _path(job_id))
-            except DARError as error:
-                if not error.retryable or time.monotonic() - answered > OUTAGE_SECONDS:
-                    raise
-                pause = max(pause, min(error.retry_after_seconds or 0.0, MAX_RETRY_AFTER_SECONDS))
-            else:
-                answered = time.monotonic()
-                job = self._transport.parse(answer, Job)
-                if job != seen and on_progress is not None:
-                    on_progress(job)
-                stalls.note(job)
-                if _is_over(job, on_pause):
-                    return job
-                seen = job
-            if timeout_seconds is not None:
-                left = started + timeout_seconds - time.monotonic()
-                if left < 0:
-                    state = f"{job_id} is not reached" if seen is None else _state(seen)
-                    raise TimeoutError(f"after {timeout_seconds:g} s, job {state}")
-                pause = min(pause, left)
-            time.sleep(pause)
+        last: Job | None = None
+        for last in self.watch(
+            job_id, on_pause=on_pause, poll_seconds=poll_seconds, timeout_seconds=timeout_seconds
+        ):
+            if on_progress is not None:
+                on_progress(last)
+        return ended(last)
+
+    def watch(
+        self,
+        job_id: str | HasId,
+        *,
+        on_pause: OnPause = "return",
+        poll_seconds: float = 1.0,
+        timeout_seconds: float | None = None,
+    ) -> Following[Job]:
+        """A job now and after each change, until it ends; arguments and errors as of `wait`.
+
+        for job in client.jobs.watch(job.id):
+            print(job.status, job.progress.step)
+        """
+        watch = Watch(id_of(job_id), on_pause, poll_seconds, timeout_seconds)
+        return Following(lambda: watch.steps(lambda: self._fetched(job_id)))
+
+    def _fetched(self, job_id: str | HasId) -> Job:
+        return self._transport.parse(self._transport.send("GET", _path(job_id)), Job)
 
     def events(
         self,
@@ -454,6 +444,34 @@ class Jobs:
         params = {"attempt": attempt, "tail": tail, "level": level, "after": after}
         return self._transport.get(f"{_path(job_id)}/logs", JobLog, params)
 
+    def follow_log(
+        self,
+        job_id: str | HasId,
+        *,
+        attempt: int | None = None,
+        level: LogLevel | None = None,
+        poll_seconds: float = 1.0,
+    ) -> Following[JobLog]:
+        """The log of a job's trainer as it grows, in parts, until the job ends.
+
+            for part in client.jobs.follow_log(job.id):
+                print(part.text, end="")
+
+        Args:
+            job_id: The job.
+            attempt: Only the log of this attempt; default: from the newest on, one after another.
+            level: Only lines of this level and above, and lines without a level.
+            poll_seconds: Pause between two requests.
+        """
+        check_seconds("poll_seconds", poll_seconds)
+
+        def read(number: int | None, after: int | None) -> JobLog:
+            return self.log(job_id, attempt=number, level=level, after=after)
+
+        return Following(
+            lambda: log_steps(lambda: self._fetched(job_id), read, attempt, poll_seconds)
+        )
+
     def metrics(
         self,
         job_id: str | HasId,
@@ -542,6 +560,34 @@ class Jobs:
         given = [job_ids] if isinstance(job_ids, str) else job_ids
         params["ids"] = ",".join(id_of(one) for one in given)
         return self._transport.get("/fine_tuning/metrics", Page[JobMetrics], params).data
+
+    def stream_metrics(
+        self,
+        job_id: str | HasId,
+        *,
+        names: str | Sequence[str] | None = None,
+        after: str | None = None,
+        poll_seconds: float | None = None,
+    ) -> Following[Metrics]:
+        """What is new of a job's series, again and again, until the job ends.
+
+            for new in client.jobs.stream_metrics(job.id, names=["dar/rewards_mean"]):
+                print(new.series)
+
+        Args:
+            job_id: The job.
+            names: Names of series, or a single one; default: all.
+            after: ``cursor`` of an earlier response; default: from the beginning. If a response has
+                ``rewound_to``, drop the later steps of earlier ones first.
+            poll_seconds: Pause between two requests; default: what the service recommends.
+        """
+        if poll_seconds is not None:
+            check_seconds("poll_seconds", poll_seconds)
+
+        def read(cursor: str | None) -> Metrics:
+            return self.metrics(job_id, names=names, after=cursor)
+
+        return Following(lambda: metric_steps(read, after, poll_seconds))
 
     def reward_stats(self, job_id: str | HasId) -> RewardStats:
         """Counts of scored, skipped and failed samples, and statistics of each reward service."""
@@ -646,73 +692,6 @@ def _points(
         "to_step": to_step,
         "max_points": max_points,
     }
-
-
-def needs_user(job: Job) -> bool:
-    """Whether a job is paused, and the service does not resume it by itself."""
-    if job.status != "paused":
-        return False
-    rewards = ((job.method or {}).get("dar") or {}).get("rewards") or {}
-    # The service checks the reward services of a job that is paused for rewards, and resumes it.
-    is_checked = any(one.get("kind") == "http" for one in rewards.get("components", ()))
-    return job.status_detail != "reward" or not is_checked
-
-
-def _check_wait(on_pause: str, poll_seconds: float, timeout_seconds: float | None) -> None:
-    """Check the arguments of `Jobs.wait`.
-
-    Raises:
-        ConfigurationError: One is out of range.
-    """
-    check_seconds("poll_seconds", poll_seconds)
-    if timeout_seconds is not None:
-        check_seconds("timeout_seconds", timeout_seconds, most=math.inf)
-    if on_pause not in get_args(OnPause):
-        raise ConfigurationError(
-            f"on_pause is {on_pause!r}, but it must be {', '.join(get_args(OnPause))}",
-            param="on_pause",
-        )
-
-
-def _is_over(job: Job, on_pause: OnPause) -> bool:
-    """Whether a wait for ``job`` ends.
-
-    Raises:
-        ConflictError: The job is paused, only its user can end that, and ``on_pause`` is ``raise``.
-    """
-    if job.status in TERMINAL:
-        return True
-    if on_pause == "raise" and needs_user(job):
-        raise ConflictError(
-            f"job {_state(job)}; client.jobs.resume({job.id!r}) continues it", code="job_paused"
-        )
-    return on_pause == "return" and needs_user(job)
-
-
-def _state(job: Job) -> str:
-    """A job's id, status, detail and message."""
-    detail = f" ({job.status_detail})" if job.status_detail else ""
-    message = f": {job.status_message}" if job.status_message else ""
-    return f"{job.id} is {job.status}{detail}{message}"
-
-
-class _StallLog:
-    """Logs that a job waits for something: at once, and again when the reason changes."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[str, str | None] | None = None
-        self._state = ""
-        self._logged = 0.0
-
-    def note(self, job: Job) -> None:
-        kind, state, now = (job.status, job.status_detail), _state(job), time.monotonic()
-        is_new = kind != self._seen or (
-            state != self._state and now - self._logged >= REPEAT_SECONDS
-        )
-        if job.status_detail in STALLED and is_new:
-            log.warning("job %s", state)
-            self._state, self._logged = state, now
-        self._seen = kind
 
 
 def _path(job_id: str | HasId) -> str:

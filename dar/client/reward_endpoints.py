@@ -30,6 +30,7 @@ class RewardEndpoints:
 
     def create(
         self,
+        /,
         name: str,
         url: str,
         *,
@@ -69,7 +70,7 @@ class RewardEndpoints:
         """One endpoint, with fingerprints instead of its secrets."""
         return self._transport.get(_path(endpoint_id), RewardEndpoint)
 
-    def update(self, endpoint_id: str | HasId, **changes: object) -> ChangedRewardEndpoint:
+    def update(self, /, endpoint_id: str | HasId, **changes: object) -> ChangedRewardEndpoint:
         """Change fields of an endpoint.
 
         Args:

@@ -4,10 +4,12 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator
 
+from dar.errors import ConfigurationError
 from dar.protocol.base import Output
 from dar.protocol.reward_stats import FAMILIES
 from dar.protocol.status import JobStatus
@@ -359,6 +361,24 @@ class JobMetrics(Metrics):
     """The metrics of one of several jobs that are compared."""
 
     job_id: str
+
+    def to_pandas(self) -> Any:  # noqa: ANN401 - a DataFrame, where pandas is installed
+        """The series as the columns of a `pandas.DataFrame`, one row a step.
+
+        Raises:
+            ConfigurationError: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ModuleNotFoundError:
+            raise ConfigurationError(
+                "to_pandas() needs pandas; install it with `pip install pandas`"
+            ) from None
+        columns = {
+            name: pandas.Series(series.value, index=series.step, dtype="float64")
+            for name, series in self.series.items()
+        }
+        return pandas.DataFrame(columns).rename_axis(index="step")
 
 
 class MetricName(Output):

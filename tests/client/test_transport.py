@@ -398,7 +398,7 @@ def test_waiting_survives_a_restart_of_the_service(
     server = scripted(answer(body=running), answer(0), answer(503), answer(body=over))
     with Client("key", server.url, max_retries=0) as client:
         assert client.jobs.wait("ftjob-1", poll_seconds=0.01).status == "succeeded"
-        monkeypatch.setattr("dar.client.jobs.OUTAGE_SECONDS", 0.0)
+        monkeypatch.setattr("dar.client.waiting.OUTAGE_SECONDS", 0.0)
         server.answers[:] = [answer(503)]
         with pytest.raises(ServiceUnavailableError):
             client.jobs.wait("ftjob-1", poll_seconds=0.01)
@@ -431,7 +431,7 @@ MANNERS: dict[str, Manner] = {
 def test_whatever_answers_the_error_is_one_of_the_sdk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: str, manner: str
 ) -> None:
-    monkeypatch.setattr("dar.client.jobs.OUTAGE_SECONDS", -1.0)
+    monkeypatch.setattr("dar.client.waiting.OUTAGE_SECONDS", -1.0)
     files = [CheckpointFile(name="a.bin", bytes=5, sha256="0" * 64)]
     with (
         LoopbackServer(MANNERS[manner]) as server,
