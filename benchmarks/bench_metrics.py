@@ -172,11 +172,16 @@ def measure_mlflow(points: int, version: str) -> dict[str, Figures]:
 
             def chart(run_id: str = run_id, series: int = series) -> None:
                 for name in NAMES[:series]:
+<<<<<<< ours
                     asked: dict[str, str | int] = {
                         "run_ids": run_id,
                         "metric_key": name,
                         "max_results": CHART,
                     }
+=======
+                    asked: dict[str, str | int] = {"run_ids": run_id, "metric_key": name}
+                    asked["max_results"] = CHART
+>>>>>>> theirs
                     path = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"
                     found = http.get(path, params=asked).raise_for_status().json()
                     assert len(found["metrics"]) > min(CHART, points // series) / 3
