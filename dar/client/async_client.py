@@ -35,7 +35,7 @@ class AsyncFiles(AsyncResource[Files]):
 
 
 class AsyncUploads(AsyncResource[Uploads]):
-    """Files that are sent in parts: ``client.uploads``."""
+    """Training files that are sent in parts: ``client.uploads``."""
 
     upload_file = called(Uploads.upload_file)
     create = called(Uploads.create)
@@ -119,8 +119,8 @@ class AsyncModels(AsyncResource[Models]):
 
     list = listed(Models.list)
     retrieve = called(Models.retrieve)
-    download = called(Models.download)
     delete = called(Models.delete)
+    download = called(Models.download)
 
 
 class AsyncRewardEndpoints(AsyncResource[RewardEndpoints]):

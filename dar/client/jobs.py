@@ -507,34 +507,6 @@ class Jobs:
         params |= {"after": after, "rewound": rewound or None}
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
-    def stream_metrics(
-        self,
-        job_id: str | HasId,
-        *,
-        names: str | Sequence[str] | None = None,
-        after: str | None = None,
-        poll_seconds: float | None = None,
-    ) -> Following[Metrics]:
-        """What is new of a job's series, again and again, until the job ends.
-
-            for new in client.jobs.stream_metrics(job.id, names=["dar/rewards_mean"]):
-                print(new.series)
-
-        Args:
-            job_id: The job.
-            names: Names of series, or a single one; default: all.
-            after: ``cursor`` of an earlier response; default: from the beginning. If a response has
-                ``rewound_to``, drop the later steps of earlier ones first.
-            poll_seconds: Pause between two requests; default: what the service recommends.
-        """
-        if poll_seconds is not None:
-            check_seconds("poll_seconds", poll_seconds)
-
-        def read(cursor: str | None) -> Metrics:
-            return self.metrics(job_id, names=names, after=cursor)
-
-        return Following(lambda: metric_steps(read, after, poll_seconds))
-
     def export_metrics(
         self,
         job_id: str | HasId,
@@ -590,6 +562,34 @@ class Jobs:
         given = [job_ids] if isinstance(job_ids, str) else job_ids
         params["ids"] = ",".join(id_of(one) for one in given)
         return self._transport.get("/fine_tuning/metrics", Page[JobMetrics], params).data
+
+    def stream_metrics(
+        self,
+        job_id: str | HasId,
+        *,
+        names: str | Sequence[str] | None = None,
+        after: str | None = None,
+        poll_seconds: float | None = None,
+    ) -> Following[Metrics]:
+        """What is new of a job's series, again and again, until the job ends.
+
+            for new in client.jobs.stream_metrics(job.id, names=["dar/rewards_mean"]):
+                print(new.series)
+
+        Args:
+            job_id: The job.
+            names: Names of series, or a single one; default: all.
+            after: ``cursor`` of an earlier response; default: from the beginning. If a response has
+                ``rewound_to``, drop the later steps of earlier ones first.
+            poll_seconds: Pause between two requests; default: what the service recommends.
+        """
+        if poll_seconds is not None:
+            check_seconds("poll_seconds", poll_seconds)
+
+        def read(cursor: str | None) -> Metrics:
+            return self.metrics(job_id, names=names, after=cursor)
+
+        return Following(lambda: metric_steps(read, after, poll_seconds))
 
     def reward_stats(self, job_id: str | HasId) -> RewardStats:
         """Counts of scored, skipped and failed samples, and statistics of each reward service."""
