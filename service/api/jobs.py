@@ -139,7 +139,7 @@ def show(job: tables.JobRow) -> Job:
     method = spec.method.model_dump(mode="json")
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
-    belongings = ("events", "stream", "metrics", "samples", "checkpoints")
+    belongings = ("events", "metrics", "samples", "checkpoints")
     return Job.model_validate(
         {
             "id": job.id,

@@ -29,7 +29,6 @@ ADDED = {
         "forecast",
         "hyperparameters",
         "is_stoppable",
-        "links.stream",
         "method",
         "progress.calibration_completions",
         "progress.calibration_tokens",
