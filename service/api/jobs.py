@@ -238,7 +238,7 @@ def show(job: tables.JobRow) -> Job:
     method = spec.method.model_dump(mode="json")
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
-    belongings = ("config", "events", "stream", "metrics", "samples", "checkpoints")
+    belongings = ("config", "events", "metrics", "samples", "checkpoints")
     return Job.model_validate(
         {
             "id": job.id,

@@ -32,7 +32,6 @@ ADDED = {
         "is_startable",
         "is_stoppable",
         "links.config",
-        "links.stream",
         "method",
         "origin",
         "progress.calibration_completions",
