@@ -61,7 +61,7 @@ TEXTS: dict[int | str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ChosenPoints:
     """Which points a request asks for."""
 
     names: Mapping[str, str] | None
@@ -113,7 +113,7 @@ def wanted(
     from_step: Step = None,
     to_step: Step = None,
     max_points: Annotated[int | None, Query(ge=2, le=MAX_POINTS, description=POINTS)] = None,
-) -> Wanted:
+) -> ChosenPoints:
     """The requested points.
 
     Raises:
@@ -127,10 +127,10 @@ def wanted(
         )
     asked = _names(names)
     present = None if asked is None else {name: current_name(name) for name in asked}
-    return Wanted(present, from_step, to_step, max_points)
+    return ChosenPoints(present, from_step, to_step, max_points)
 
 
-WantedPoints = Annotated[Wanted, Depends(wanted)]
+WantedPoints = Annotated[ChosenPoints, Depends(wanted)]
 
 
 @router.get("/v1/fine_tuning/metrics/names")
@@ -257,7 +257,7 @@ def get_metrics(
 
 
 def _body(
-    job: JobRow, cursor: int, sampled: metric_rollups.Sampled, points: Wanted
+    job: JobRow, cursor: int, sampled: metric_rollups.Sampled, points: ChosenPoints
 ) -> dict[str, Any]:
     return {
         "object": "metrics",
