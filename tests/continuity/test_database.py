@@ -40,6 +40,7 @@ ADDED = {
     },
     "fine_tuning.job.checkpoint": {"aliases", "expires_at", "is_best", "is_pinned", "reward"},
     "fine_tuning.job.sample": {"prompt_id"},
+    "metrics": {"resolution"},
     "model": {"created"},
 }
 """Type of an object -> the fields that it shows besides those of the stored views.
