@@ -27,6 +27,7 @@ from dar.training.script.exits import ScriptExit, end, fail, fail_by_function
 from dar.training.script.flags import read_command_line
 from dar.training.script.forecast import show_forecast
 from dar.training.script.places import NEWEST, remove_earlier_run
+from dar.training.script.run_lock import output_lock
 from dar.training.script.usage import check_line
 from dar.training.trainer import DARTrainer
 
@@ -72,9 +73,12 @@ def run(line: CommandLine) -> int:
             values |= {"output_dir": folder, "push_to_hub": False, "report_to": "none"}
         config = config_of(values)
         _quiet(config)
+        is_main = config.process_index == 0
+        if not (line.is_dry_run or line.is_forecast) and is_main:
+            stack.enter_context(output_lock(Path(str(config.output_dir))))
+            check_line(line)  # another run may have ended there meanwhile
         console = TrainingConsole(line.script.sample_every)
         stop = StopSignals()
-        is_main = config.process_index == 0
         with _status(console, "loading …", is_main):
             trainer = build(line.script, config, load_settings(), console, stop)
         if line.is_forecast:

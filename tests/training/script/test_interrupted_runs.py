@@ -1,0 +1,40 @@
+"""`dar train` in a folder, or with an output, that does not last."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dar.training.script.main import main
+from fakes.training_folder import command
+
+HOLDER = """
+import sys
+from pathlib import Path
+from dar.training.script.run_lock import output_lock
+with output_lock(Path("out")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_writes_into_an_output_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for more in ([], ["--overwrite_output_dir"]):
+            assert main(command(*more)) == 64
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"--output_dir out is used by another run (process {other.pid} on " in said
+        other.kill()  # its file stays, without its lock
+    assert (folder / "out" / ".dar-train.lock").is_file()
+    assert main(command(max_steps=1)) == 0
+    assert not (folder / "out" / ".dar-train.lock").exists()
+    assert main(command("--resume_from_checkpoint", "latest", max_steps=1)) == 0
+    assert main(command(output_dir="new", reward_function="judge:nothing")) == 64
+    assert not (folder / "new").exists()
