@@ -52,6 +52,14 @@ def interrupting(prompts, completions, **columns):
         os.kill(os.getpid(), signal.SIGINT)
     return short(prompts, completions)
 
+calls = []
+
+def hanging_up(prompts, completions, **columns):
+    calls.append(len(completions))
+    for _ in range(2 if len(calls) > 1 else 0):
+        os.kill(os.getpid(), signal.SIGHUP)
+    return short(prompts, completions)
+
 number = 7
 """
 QWEN = {

@@ -111,7 +111,11 @@ def _status(
 
 
 class StopSignals:
-    """Stops with a checkpoint at the first SIGINT or SIGTERM, and at once at the second."""
+    """Stops with a checkpoint at the first SIGINT, SIGTERM or SIGHUP.
+
+    A second SIGINT or SIGTERM stops at once. SIGHUP never does, as one that closes a terminal may
+    arrive twice, and before a SIGTERM. Under nohup it is ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -121,11 +125,11 @@ class StopSignals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals while the context lasts."""
-        before = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Handle the signals while the context lasts."""
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._receive) for number in handled}
         try:
             yield
         finally:
@@ -133,9 +137,12 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise SystemExit(128 + number)
-        self.received = number
+        if self.received is None:
+            self.received = number
+        elif number != signal.SIGHUP:
+            if self.received != signal.SIGHUP:
+                raise SystemExit(128 + number)
+            self.received = number
 
 
 # --- training ------------------------------------------------------------------------------------

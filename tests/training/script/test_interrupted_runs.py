@@ -1,5 +1,6 @@
 """`dar train` in a folder, or with an output, that does not last."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,17 @@ def test_one_run_at_a_time_writes_into_an_output_folder(
     assert main(command("--resume_from_checkpoint", "latest", max_steps=1)) == 0
     assert main(command(output_dir="new", reward_function="judge:nothing")) == 64
     assert not (folder / "new").exists()
+
+
+def test_a_terminal_that_closes_stops_a_run_with_a_checkpoint(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert main(command(alpha=0.1, reward_function="judge:hanging_up", max_steps=3)) == 129
+        assert "a checkpoint was written" in capsys.readouterr().err
+        assert (folder / "out" / "checkpoints" / "step-1" / "MANIFEST.json").is_file()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert main(command(output_dir="on", reward_function="judge:hanging_up")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
