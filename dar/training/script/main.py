@@ -15,6 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from dar.errors import DARError
+from dar.output import expendable_output
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, checkpoint_folders
 from dar.settings import load_settings
 from dar.training.config.config import DARConfig
@@ -74,9 +75,11 @@ def run(line: CommandLine) -> int:
         config = config_of(values)
         _quiet(config)
         is_main = config.process_index == 0
-        if not (line.is_dry_run or line.is_forecast) and is_main:
-            stack.enter_context(output_lock(Path(str(config.output_dir))))
-            check_line(line)  # another run may have ended there meanwhile
+        if not (line.is_dry_run or line.is_forecast):
+            stack.enter_context(expendable_output())
+            if is_main:
+                stack.enter_context(output_lock(Path(str(config.output_dir))))
+                check_line(line)  # another run may have ended there meanwhile
         console = TrainingConsole(line.script.sample_every)
         stop = StopSignals()
         with _status(console, "loading …", is_main):

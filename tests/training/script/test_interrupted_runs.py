@@ -1,5 +1,7 @@
 """`dar train` in a folder, or with an output, that does not last."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -53,3 +55,25 @@ def test_a_terminal_that_closes_stops_a_run_with_a_checkpoint(
         assert main(command(output_dir="on", reward_function="judge:hanging_up")) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("place", ["pipe", "terminal", "full disk"])
+def test_a_run_goes_on_when_its_output_cannot_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place == "full disk":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, output = os.pipe() if place == "pipe" else os.openpty()
+        os.close(reader)
+    arguments = command(reward_function="judge:talking", max_steps=1)
+    with (
+        io.TextIOWrapper(io.FileIO(output, "w"), write_through=True) as broken,
+        monkeypatch.context() as patched,
+    ):
+        patched.setattr(sys, "stdout", broken)
+        patched.setattr(sys, "stderr", broken)
+        assert main(arguments) == 0
+        assert sys.stderr is broken
+    assert (folder / "out" / "checkpoints" / "step-1").is_dir()
+    assert (folder / "out" / "model.safetensors").is_file()
