@@ -623,7 +623,6 @@ class DARTrainer(OptimizingTrainer):
         """
         folder = Path(output_dir or str(self.args.output_dir)).expanduser()
         self._checkpoints.save_model(folder)
-        self.hub.write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 

@@ -24,6 +24,7 @@ from dar.errors import CheckpointError
 from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
 from dar.training.checkpoint.background import BackgroundWriter
+from dar.training.checkpoint.disk_errors import explained
 from dar.training.checkpoint.fingerprint import differences, differences_of_parts, environment
 from dar.training.checkpoint.hub import HubPush
 from dar.training.model.adapters import save_adapter
@@ -382,8 +383,11 @@ class RunCheckpoints:
         )
 
     def save_model(self, folder: Path) -> None:
-        """Write what `from_pretrained` reads."""
-        self._write_model(folder, self._whole_weights())
+        """Write what `from_pretrained` reads, and the model card."""
+        weights = self._whole_weights()
+        with explained("the model", folder, self.root):
+            self._write_model(folder, weights)
+            self._hub.write_card(folder)
 
     def _publish(self, write: Write, manifest: MakeManifest) -> None:
         self._run.ranks.from_main(lambda: self._publish_here(write, manifest))

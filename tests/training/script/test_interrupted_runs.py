@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -77,3 +78,33 @@ def test_a_run_goes_on_when_its_output_cannot_be_written(
         assert sys.stderr is broken
     assert (folder / "out" / "checkpoints" / "step-1").is_dir()
     assert (folder / "out" / "model.safetensors").is_file()
+
+
+def test_a_disk_that_takes_no_more_is_a_sentence_with_the_checkpoint_to_continue_from(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run_on_a_full_disk(*more: str, **options: object) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+        try:
+            assert main(command(*more, **options)) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "written to out" in last
+        assert "File too large (" in last
+        assert "raise the limit on the size of a file (ulimit -f), then " in last
+        return last
+
+    said = run_on_a_full_disk(max_steps=1)
+    assert said.startswith("dar train: the checkpoint of step 1 could not be")
+    assert said.endswith("then start again, as there is no checkpoint")
+    assert main(command(max_steps=1)) == 0
+    said = run_on_a_full_disk("--resume_from_checkpoint", "latest", max_steps=2)
+    assert said.startswith("dar train: the checkpoint of step 2 could not be written")
+    assert "continue with --resume_from_checkpoint out/checkpoints/step-1, which is" in said
+    assert main(command("--resume_from_checkpoint", "latest", max_steps=2)) == 0
+    capsys.readouterr()
+    said = run_on_a_full_disk(output_dir="out2", save_strategy="no", max_steps=1)
+    assert said.startswith("dar train: the model could not be written to out2: ")
