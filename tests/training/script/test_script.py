@@ -321,6 +321,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--reward_weights", "inf"], "--reward_weights has inf"),
         (["--reward_weights", "1e300"], "--reward_weights has 1e+300"),
         (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit cannot be used: You need to install `bitsandbytes`"),
+        (["--use_liger_kernel"], "use_liger_kernel needs the library liger-kernel, 0.3.0 or newer"),
         (["--optim_args", "foo"], "optim_args has 'foo', which adamw_torch ignores"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr cannot be used with lr_scheduler_kwargs None: One of min_lr"),
         (["--lr_scheduler_type", "warmup_stable_decay"], "missing 1 required positional argument: 'num_decay_steps'"),
