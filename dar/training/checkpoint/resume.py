@@ -221,7 +221,7 @@ class RunCheckpoints:
         found = {} if before is None else differences(before, self._decisive)
         if before is not None and found and found.keys() <= LENGTH:
             old, new = (facts["config"]["max_steps"] for facts in (before, self._decisive))
-            self._is_longer = new > old
+            self._is_longer = self._is_longer_than(before)
             if self._is_longer:
                 self._run.sink.event(
                     "info",
@@ -231,9 +231,15 @@ class RunCheckpoints:
                 )
             if new >= old:
                 return
+        if before is not None and self._is_longer_than(before):
+            found = {name: text for name, text in found.items() if name not in LENGTH}
         raise self._other_arguments(
             folder, list(found.values()) or ["other hyperparameters, data or base weights"]
         )
+
+    def _is_longer_than(self, before: Mapping[str, Any]) -> bool:
+        steps: int = self._decisive["config"]["max_steps"]
+        return steps > before["config"]["max_steps"]
 
     def _other_arguments(self, folder: Path, found: Sequence[str]) -> CheckpointError:
         return CheckpointError(
