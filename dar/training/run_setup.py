@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from dar.errors import InvalidRequestError
 from dar.protocol.budget_checks import component_conflict, temperature_conflict

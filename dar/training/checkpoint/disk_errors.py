@@ -41,7 +41,7 @@ def explained(what: str, folder: Path, checkpoints: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = _number(error)
-        if number not in ADVICE:
+        if number is None or number not in ADVICE:
             raise
         raise OSError(number, _sentence(number, what, folder, checkpoints)) from error
 

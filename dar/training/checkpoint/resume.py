@@ -238,8 +238,8 @@ class RunCheckpoints:
         )
 
     def _is_longer_than(self, before: Mapping[str, Any]) -> bool:
-        steps: int = self._decisive["config"]["max_steps"]
-        return steps > before["config"]["max_steps"]
+        old, new = (facts["config"]["max_steps"] for facts in (before, self._decisive))
+        return int(new) > int(old)
 
     def _other_arguments(self, folder: Path, found: Sequence[str]) -> CheckpointError:
         return CheckpointError(
