@@ -107,7 +107,13 @@ async def _probe_here(
 
 
 def _target(url: str, options: Options, samples: Sequence[ProbeSample] | None) -> ProbeTarget:
-    fields: dict[str, Any] = {"name": "checked", **_read_component(options.component), "url": url}
+    given = _read_component(options.component)
+    if given.get("url", url) != url:  # neither is shown, as it may hold a token
+        raise typer.BadParameter(
+            f"{options.component} has another url than the one that is to be checked; leave url out "
+            "of the file, or give its url on the command line"
+        )
+    fields: dict[str, Any] = {"name": "checked", **given, "url": url}
     fields.pop("endpoint", None)
     if options.protocol is not None:
         fields["protocol"] = options.protocol
