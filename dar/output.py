@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BROKEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EPIPE})
 """Errors of a write that another line of output would only repeat."""
@@ -43,6 +46,48 @@ def written_output(command: str) -> Iterator[None]:
                 sys.stderr.write(f"{command}: the output cannot be written: {error.strerror}\n")
         _discard(broken)
         sys.exit(EXIT_UNWRITTEN)
+
+
+@contextlib.contextmanager
+def expendable_output() -> Iterator[None]:
+    """Drop what cannot be written to stdout or stderr any more, and go on.
+
+    For work that matters more than its output, whose reader, terminal or disk may be gone.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_expendable(one) for one in before)
+    try:
+        yield
+    finally:
+        for output in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                output.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _expendable(output: TextIO) -> TextIO:
+    try:
+        raw = _Expendable(output.fileno(), "w", closefd=False)
+    except (OSError, ValueError, AttributeError):  # it has no file
+        return output
+    with contextlib.suppress(OSError):
+        output.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), output.encoding, "backslashreplace", line_buffering=True
+    )
+
+
+class _Expendable(io.FileIO):
+    """A file whose content may be lost."""
+
+    def write(self, content: "ReadableBuffer") -> int:
+        """Write all of it, or drop it."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in BROKEN:
+                raise
+            return memoryview(content).nbytes
 
 
 def _takes_more(output: TextIO | None) -> bool:

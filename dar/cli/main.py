@@ -143,7 +143,9 @@ def migrate(home: Home = None) -> None:
 
 @app.command()
 def backup(
-    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=_folder, metavar="FOLDER", help="New folder for the backup.")
+    ],
     home: Home = None,
     copy: Annotated[
         bool,
@@ -167,7 +169,10 @@ def backup(
 
 @app.command()
 def restore(
-    folder: Annotated[Path, typer.Argument(help="Folder of a backup.")], home: Home = None
+    folder: Annotated[
+        Path, typer.Argument(parser=_folder, metavar="FOLDER", help="Folder of a backup.")
+    ],
+    home: Home = None,
 ) -> None:
     """Restore a backup into an empty home, and for PostgreSQL into an empty database.
 

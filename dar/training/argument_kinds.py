@@ -41,7 +41,8 @@ SEVERAL: Mapping[str, tuple[Kinds, Kinds, str]] = {
     "reward_funcs": (
         (str, Callable),  # type: ignore[dict-item]  # isinstance takes it
         (Rewards,),
-        "a function, a URL, a list of these, or the rewards of a job spec",
+        "a function, a URL, a list of these, or the rewards of a job spec, of which "
+        "dar.protocol.reward_spec.Rewards.model_validate makes such an object",
     ),
     "reward_model": ((str, Path, PreTrainedModel), (Mapping,), MODELS),
     "reward_processing_class": (

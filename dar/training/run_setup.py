@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from dar.errors import InvalidRequestError
 from dar.protocol.budget_checks import component_conflict, temperature_conflict
@@ -40,9 +41,16 @@ def settled_config(config: DARConfig, row_count: int, rewards: GivenRewards) -> 
 
     Raises:
         InvalidRequestError: The launcher or the number of processes does not fit the arguments, the
-            only step would have learning rate 0, or ``kl_budget`` cannot be used.
+            only step would have learning rate 0, ``kl_budget`` cannot be used, or a library is
+            missing.
     """
     refuse_if_left_alone()
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise InvalidRequestError(
+            "use_liger_kernel needs the library liger-kernel, 0.3.0 or newer, which is not installed "
+            "here; install it, or leave use_liger_kernel out",
+            param="use_liger_kernel",
+        )
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
         if is_set and config.world_size == 1:
             raise InvalidRequestError(

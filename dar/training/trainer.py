@@ -623,7 +623,6 @@ class DARTrainer(OptimizingTrainer):
         """
         folder = Path(output_dir or str(self.args.output_dir)).expanduser()
         self._checkpoints.save_model(folder)
-        self.hub.write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
@@ -691,8 +690,8 @@ class DARTrainer(OptimizingTrainer):
         Raises:
             TrainingError: The hub cannot be reached, or rejects the request.
         """
-        # called by transformers' constructor, so before `_assemble`
-        with hub_errors(repository_name(self.args, self.hub_model_id)):
+        name, has_begun = repository_name(self.args, self.hub_model_id), hasattr(self, "hub")
+        with hub_errors(name, has_begun=has_begun):  # transformers' constructor calls it, too
             super().init_hf_repo(token, private)
 
     def _finish_current_push(self) -> None:

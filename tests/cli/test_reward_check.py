@@ -259,6 +259,15 @@ def test_an_output_that_takes_no_more_ends_a_command_in_one_sentence(
         output.flush()
 
 
+def test_a_component_of_another_url_is_refused(check: Run, tmp_path: Path) -> None:
+    component = tmp_path / "component.json"
+    component.write_text('{"columns": ["n"], "url": "http://127.0.0.1:2/other"}')
+    done = check(DEAD, "--component", str(component))
+    assert done.returncode == 2
+    said = "".join(done.stderr.replace("│", " ").split())
+    assert "hasanotherurlthantheonethatistobechecked" in said
+
+
 def test_a_component_that_is_no_json_object_is_named(check: Run, tmp_path: Path) -> None:
     component = tmp_path / "component.json"
     deep = '{"protocol": "plain", "template": ' + "[" * 1000 + "]" * 1000 + "}"

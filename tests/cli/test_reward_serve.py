@@ -45,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "broken.py").write_text("\n1 / 0\n")
     (tmp_path / "lacking.py").write_text("import no_such_library\n")
     (tmp_path / "secret").write_text(f"{SECRET}\n")
-    (tmp_path / "bad_secret").write_text("whsec_x")
+    (tmp_path / "bad_secret").write_text(f"{SECRET}\nwhsec_x")
+    (tmp_path / "no_secret").write_text("\n")
     return tmp_path
 
 
@@ -153,7 +154,12 @@ REFUSED = [
         "use this option or --insecure",
     ),
     (["my_rewards:brevity", "--secret-file", "absent"], 1, "absent cannot be read: No such file"),
-    (["my_rewards:brevity", "--secret-file", "bad_secret"], 1, "a reward secret is"),
+    (
+        ["my_rewards:brevity", "--secret-file", "bad_secret"],
+        1,
+        "bad_secret, line 2: a reward secret",
+    ),
+    (["my_rewards:brevity", "--secret-file", "no_secret"], 1, "no_secret is empty, but must hold"),
     (["my_rewards:odd", "--insecure"], 1, "has no parameter named completions"),
 ]
 

@@ -320,3 +320,12 @@ def test_the_doctor_and_a_backup_of_a_home_without_a_database_end_at_once_and_ma
         assert (code, f"{here} has no database dar.db" in said) == (1, True), said
         assert time.monotonic() - began < 5
     assert not list(tmp_path.glob("**/dar.db*"))
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_an_empty_name_of_a_backup_is_not_the_current_folder(command: str) -> None:
+    done = run_command(command, "", environment={})
+    assert done.returncode == 2
+    assert "it is empty, which would mean the current folder" in " ".join(
+        done.stderr.replace("│", " ").split()
+    )

@@ -76,6 +76,9 @@ def test_whatever_a_completion_holds_there_is_one_bounded_result(
         "<think>" * 30_000,
         "{" * 100_000 + "}" * 100_000,
         "1/" * 100_000,
+        "²" * 200_000,
+        "^{{}" * 50_000,
+        "x 10^" * 40_000,
         " " * 200_000,
         "-" * 200_000,
         "1e" * 100_000,
@@ -333,6 +336,33 @@ def test_a_number_is_read_in_each_way_that_people_write_it(
         answer = text if "is" in text or "box" in text else f"\\boxed{{{text}}}"
         assert answer_in(answer) == wanted, text
         assert reward("numeric_answer", {}, value, ground_truth=text) == 1.0, text
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [
+        (("42 m^2", "42 m^{2}", "42 \\text{ m}^2", "\\boxed{42\\text{ cm}^3}", "42 cm²", "42 m<sup>2</sup>", "42 (m/s)^2", "42 m**2", "42^\\circ", "42^{\\text{nd}}", "42 J kg^{-1} K^-1", "x_{1} = 42"), "42"),
+        (("9.8 m/s^2", "9.8 m s^{-2}", "It is 9.8 m/s²."), "9.8"),
+        (("3.5 x 10^8", "3.5 \\times 10^{8}", "3.5 \u00d7 10⁸ m/s", "3.5 \\cdot 10^8", "3.5*10**8", "3.5e8", "It is 3.5 x 10<sup>8</sup> m^2", "7/2 x 10^8"), "350000000"),
+        (("10^{-3}", "10^-3", "10⁻³ m", "1/10^3", "1 x 10^{-3}"), "0.001"), (("2^{10}", "2**10", "2¹⁰", "(-2)^10", "x^2 = 2^10"), "1024"),
+        (("\\left(\\frac{2}{3}\\right)^2", "\\frac23^2"), "4/9"), (("-2^2",), "-4"),
+    ],
+)  # fmt: skip
+def test_an_exponent_is_part_of_its_power_or_of_its_unit(
+    texts: tuple[str, ...], value: str
+) -> None:
+    wanted = Fraction(value)
+    for text in texts:
+        assert answer_in(text) == wanted, text
+        assert reward("numeric_answer", {}, value, ground_truth=text) == 1.0, text
+
+
+@pytest.mark.parametrize("text", ["2^n", "2^{1/2}", "(x+1)^2", "10^99999", "0^-1", "x^2", "x_{1}"])
+def test_a_power_that_is_no_fraction_is_no_answer(text: str) -> None:
+    found = reward("numeric_answer", {}, "2", ground_truth=text)
+    assert isinstance(found, Failed)
+    assert found.code == "column_type"
+    assert answer_in(text) is None
 
 
 @pytest.mark.parametrize(

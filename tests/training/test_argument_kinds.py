@@ -28,6 +28,11 @@ def test_a_model_may_be_a_path(train: Callable[..., DARTrainer], base: Path) -> 
         ("processing_class", "gpt2", "but must be a tokenizer of transformers"),
         ("ref_model", "gpt2", "load it with AutoModelForCausalLM.from_pretrained"),
         ("compute_metrics", 5, "compute_metrics has int 5, but must be a function"),
+        (
+            "reward_funcs",
+            {"components": []},
+            "of which dar.protocol.reward_spec.Rewards.model_validate",
+        ),
         ("reward_funcs", 5, "reward_funcs has int 5, but must be a function, a URL"),
         ("reward_funcs", [None], "reward_funcs has NoneType None"),
         ("reward_model", [5], "reward_model has int 5"),

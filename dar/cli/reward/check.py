@@ -21,7 +21,7 @@ from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
 from dar.rewards.http.redaction import check_header_name, check_headers
-from dar.rewards.http.signing import decode_secret, secrets_in
+from dar.rewards.http.signing import secrets_in, secrets_in_file
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples, probe
 from dar.setting_kinds import is_loopback
@@ -107,7 +107,13 @@ async def _probe_here(
 
 
 def _target(url: str, options: Options, samples: Sequence[ProbeSample] | None) -> ProbeTarget:
-    fields: dict[str, Any] = {"name": "checked", **_read_component(options.component), "url": url}
+    given = _read_component(options.component)
+    if given.get("url", url) != url:  # neither is shown, as it may hold a token
+        raise typer.BadParameter(
+            f"{options.component} has another url than the one that is to be checked; leave url out "
+            "of the file, or give its url on the command line"
+        )
+    fields: dict[str, Any] = {"name": "checked", **given, "url": url}
     fields.pop("endpoint", None)
     if options.protocol is not None:
         fields["protocol"] = options.protocol
@@ -144,13 +150,11 @@ def _secrets(options: Options) -> list[str]:
         path = settings.home / "reward_secret"
         if not path.is_file():
             return []
-    secrets = secrets_in(_read(path)) or [""]
+    _read(path)
     try:
-        for secret in secrets:
-            decode_secret(secret)
+        return secrets_in_file(path.expanduser())
     except ConfigurationError as error:
-        raise typer.BadParameter(f"{path}: {error.message}") from None
-    return secrets
+        raise typer.BadParameter(error.message) from None
 
 
 def _headers(given: Sequence[str]) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ import typer
 
 from dar.errors import ConfigurationError
 from dar.processes import require
-from dar.rewards.http.signing import secrets_in
+from dar.rewards.http.signing import secrets_in, secrets_in_file
 from dar.settings import load_settings
 
 TARGET = "MODULE:FUNCTION"
@@ -137,7 +137,7 @@ def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
 
 def _read(file: Path) -> list[str]:
     try:
-        return secrets_in(file.read_text(encoding="utf-8")) or [""]
+        return secrets_in_file(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigurationError(f"the secret in {file} cannot be read: {reason}") from None

@@ -1,6 +1,7 @@
 r"""The builtin for answers that are numbers, which it compares exactly, as fractions.
 
-The answer of a completion is its last ``\boxed{…}`` if there is one, else its last number.
+The answer of a completion is its last ``\boxed{…}`` if there is one, else its last number. A power
+is one number, and the exponent of a unit is none.
 """
 
 import re
@@ -31,13 +32,40 @@ _SPACE = re.compile(
 """What shows as a space or as nothing: it stands between two numbers as a space does."""
 _SUPERSCRIPT, _SUBSCRIPT = "[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]", "[\u2080-\u2089]"
 _UNICODE_FRACTION = re.compile(
-    rf"[\u00bc-\u00be\u2150-\u215e\u2189]|{_SUPERSCRIPT}+[\u2044/]{_SUBSCRIPT}+"
+    rf"[\u00bc-\u00be\u2150-\u215e\u2189]|(?<!{_SUPERSCRIPT}){_SUPERSCRIPT}++[\u2044/]{_SUBSCRIPT}+"
 )
 _PART = rf"(?:\{{\s*({_NUMBER})\s*\}}|([0-9]))"
 _LATEX_FRACTION = re.compile(rf"(?:([-+])\s*)?\\(?:[cdst]|nice)?frac\s*{_PART}\s*{_PART}", re.ASCII)
 _WHOLE = r"[0-9]++(?:,[0-9]{3})*+"
 _RUN = re.compile(rf"(?<![\w.,])({_WHOLE}(?: {_WHOLE})*+)(?: ?/ ?([0-9]++))?+", re.ASCII)
 """Whole numbers with one space between them, and what the last of them is divided by."""
+_UNREADABLE = "1e99999"
+"""Stands for a power that is no fraction or is too long: as an answer, it is none."""
+_START = r"(?<![\w.])(?!(?<=[0-9],)[0-9]{3}(?![0-9]))"
+"""Where a number begins: also not with the second group of thousands of another."""
+_STARRED = re.compile(
+    rf"((?<!\*\*){_START}(?:{_NUMBER}|[A-Za-z]{{1,3}})|\))\*\*([-+]?[0-9]++)(?!\*)", re.ASCII
+)
+"""A power as programs write it; two stars around a text make it bold."""
+_INDEX = re.compile(r"_ ?\{[^{}]*+\}|<sub>[^<]{0,40}</sub>")
+_NESTED = r"[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+"
+_EXPONENT = re.compile(
+    rf" ?\^ ?(?:\{{({_NESTED})\}}|\(([^()]*+)\)|([-+]?[0-9]++(?:\.[0-9]+)?|[A-Za-z]|\\[A-Za-z]+))"
+    rf"|\\textsuperscript ?\{{({_NESTED})\}}|<sup>([^<]{{0,40}})</sup>"
+    r"|(\u207b?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+)"
+)
+_NO_EXPONENT = frozenset({"\\circ", "\\degree", "o", "°", "\\prime", "th", "st", "nd", "rd"})
+"""Raised signs that leave the number what it is."""
+_UPRIGHT = re.compile(r"\\(?:text[a-z]*|mathrm|rm)\b|[{}\s]")
+_MARKED = r"\^([pnu])([0-9]*+)"
+"""An exponent after `_marked`: positive, negative, or not a whole number."""
+_SCIENTIFIC = re.compile(
+    rf"{_START}({_NUMBER})(?: ?/ ?({_DIGITS}))?"
+    rf" ?(?:[xX\u00d7\u00b7\u22c5*]|\\times|\\cdot) ?\{{?10\}}?{_MARKED}",
+    re.ASCII,
+)
+_POWER = re.compile(rf"{_START}([-+]?)({_DIGITS}(?:\.[0-9]+)?|\.[0-9]+){_MARKED}", re.ASCII)
+_POWER_OF_GROUP = re.compile(rf"(?:\(([^()]*+)\)|(?<![\w}}])\{{([^{{}}]*+)\}}){_MARKED}")
 _BETWEEN = re.compile(r"[\s,;()\[\]{}]*")
 
 
@@ -77,7 +105,69 @@ def _in_ascii(text: str) -> str:
     text = _DOLLAR_OF_SIGN.sub("", _COMMA.sub(",", text.replace("\u2212", "-")))
     text = _SPACE.sub(" ", text)
     text = _UNICODE_FRACTION.sub(_plain_fraction, text).replace("\u2044", "/")
-    return _RUN.sub(_joined, _LATEX_FRACTION.sub(_read_fraction, text))
+    text = _EXPONENT.sub(_marked, _INDEX.sub(" ", _STARRED.sub(r"\1^\2", text)))
+    text = _RUN.sub(_joined, _LATEX_FRACTION.sub(_read_fraction, text))
+    return _without_powers(text) if "^" in text else text
+
+
+def _marked(match: re.Match[str]) -> str:
+    """An exponent in one form, in which it cannot be taken for a number of its own."""
+    content = next(one for one in match.groups() if one is not None)
+    content = unicodedata.normalize("NFKC", content).replace("\u2212", "-").strip()
+    if (whole := re.fullmatch(r"([-+]?)\s*([0-9]+)", content, re.ASCII)) is not None:
+        return f"^{'n' if whole[1] == '-' else 'p'}{whole[2]}"
+    return " " if _UPRIGHT.sub("", content) in _NO_EXPONENT else "^u"
+
+
+def _without_powers(text: str) -> str:
+    """``text`` with the value of each power of a number, and without all other exponents."""
+    text = _POWER_OF_GROUP.sub(_power_of_group, _SCIENTIFIC.sub(_scientific, text))
+    return re.sub(_MARKED, " ", _POWER.sub(_power, text))
+
+
+def _scientific(match: re.Match[str]) -> str:
+    mantissa, power = _fraction(match[1], match[2]), _raised(Fraction(10), match[3], match[4])
+    return _number_for(match, None if mantissa is None or power is None else mantissa * power)
+
+
+def _power(match: re.Match[str]) -> str:
+    base = _exact(match[2])
+    value = None if base is None else _raised(base, match[3], match[4])
+    return match[1] + _number_for(match, value)
+
+
+def _power_of_group(match: re.Match[str]) -> str:
+    """A power of what is in brackets; ``(m/s)^2`` is one of a unit."""
+    content = (match[1] if match[1] is not None else match[2]).strip()
+    alone = _ALONE.fullmatch(content)
+    if alone is None:
+        is_unit = re.search(r"(?<!\^[pn])[0-9]", content, re.ASCII) is None
+        return match[0].rpartition("^")[0] if is_unit else _number_for(match, None)
+    base = _fraction(alone[1], alone[2])
+    return _number_for(match, None if base is None else _raised(base, match[3], match[4]))
+
+
+def _raised(base: Fraction, kind: str, digits: str) -> Fraction | None:
+    """``base`` to a power; None: it is no fraction, or too long."""
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if kind == "u" or len(digits) > 4 or int(digits) * bits > 4 * MAX_DIGITS:
+        return None
+    if kind == "n" and not base:
+        return None
+    return Fraction(base ** (-int(digits) if kind == "n" else int(digits)))
+
+
+def _number_for(match: re.Match[str], value: Fraction | None) -> str:
+    """A value in the place of a match, as a text that is read as this number."""
+    start, end = match.span()
+    is_divided = bool(re.match(" ?/ ?[0-9]", match.string[end : end + 3]))
+    is_divisor = bool(re.search("[0-9)}] ?/ ?$", match.string[max(0, start - 4) : start]))
+    number = _UNREADABLE
+    if value is not None and (value.denominator == 1 or not (is_divided or is_divisor)):
+        parts = [str(one) for one in value.as_integer_ratio()[: 1 if value.denominator == 1 else 2]]
+        if all(len(part) <= MAX_DIGITS for part in parts):
+            number = "/".join(parts)
+    return _apart(match, number)
 
 
 def _apart(match: re.Match[str], number: str) -> str:
@@ -85,6 +175,8 @@ def _apart(match: re.Match[str], number: str) -> str:
     start, end = match.span()
     before, after = match.string[max(0, start - 1) : start], match.string[end : end + 1]
     is_touched = after.isalnum() or after == "\\"
+    if number and re.match(rf"\^|{_SUPERSCRIPT}", after):
+        number, is_touched = f"({number})", False
     return f"{' ' * before.isdigit()}{number}{' ' * is_touched}"
 
 
@@ -99,8 +191,8 @@ def _read_fraction(match: re.Match[str]) -> str:
     sign = match[1] or ""
     if value < 0:
         sign = "+" if sign == "-" else "-"
-    number = f"{sign}{abs(value.numerator)}/{value.denominator}"
-    return number + _apart(match, "").lstrip() if sign else _apart(match, number)
+    number = f"{abs(value.numerator)}/{value.denominator}"
+    return sign + _apart(match, number).lstrip() if sign else _apart(match, number)
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -158,8 +250,9 @@ def _exact(text: str) -> Fraction | None:
 class NumericAnswer(Builtin):
     r"""``correct`` if the completion's answer equals the row's, else ``wrong``.
 
-    Understands integers, decimals, thousands with commas or spaces, exponents, ``a/b``,
-    ``\frac{a}{b}`` and mixed numbers like ``1 1/2``. A percent sign is not read, like a unit.
+    Understands integers, decimals, thousands with commas or spaces, exponents, powers like
+    ``3.5 x 10^8``, ``a/b``, ``\frac{a}{b}`` and mixed numbers like ``1 1/2``. A percent sign is not
+    read, like a unit with its exponent.
     """
 
     fn: ClassVar[str] = "numeric_answer"

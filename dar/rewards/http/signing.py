@@ -9,6 +9,7 @@ import binascii
 import hmac
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 from dar.errors import AuthenticationError, ConfigurationError
 
@@ -22,8 +23,34 @@ _MAX_ENTRIES = 16
 
 
 def secrets_in(text: str) -> list[str]:
-    """The secrets in a setting or a file, the newest first: one a line, or separated by commas."""
-    return text.replace(",", " ").split()
+    """The secrets in a setting or a file, the newest first: one a line, or separated by commas.
+
+    A byte order mark before them is not read.
+    """
+    return text.removeprefix("\ufeff").replace(",", " ").split()
+
+
+def secrets_in_file(file: Path) -> list[str]:
+    """The secrets in a file, the newest first; all of them can be decoded.
+
+    Raises:
+        ConfigurationError: It holds no secret, or one is malformed; the message names the line.
+        OSError: It cannot be read.
+    """
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for secret in secrets_in(line):
+            try:
+                decode_secret(secret)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{file}, line {number}: {error.message}") from None
+            found.append(secret)
+    if not found:  # an empty file is no reason to accept every request
+        raise ConfigurationError(
+            f"{file} is empty, but must hold a reward secret: {PREFIX!r} and base64 of at least "
+            f"{MIN_SECRET_BYTES} bytes"
+        )
+    return found
 
 
 def decode_secret(secret: str) -> bytes:

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 
 from dar.errors import ConfigurationError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
-from dar.rewards.http.signing import decode_secret, secrets_in
+from dar.rewards.http.signing import decode_secret, secrets_in_file
 
 CALLS = 1
 """Default concurrency of a plain function, which need not be thread-safe."""
@@ -101,8 +101,7 @@ class CheckedOptions:
         secrets = [self.secret] if isinstance(self.secret, str) else list(self.secret or ())
         files = self.secret_file
         for file in [files] if isinstance(files, str | Path) else files or ():
-            found = secrets_in(Path(file).expanduser().read_text(encoding="utf-8"))
-            secrets += found or [""]  # an empty file is no reason to accept every request
+            secrets += secrets_in_file(Path(file).expanduser())
         return tuple(map(decode_secret, secrets))
 
     def calls(self, *, is_coroutine: bool) -> int:

@@ -9,6 +9,7 @@ Publishing: write into ``.tmp-…``, fsync every file and folder, rename, fsync 
 that is killed meanwhile leaves only a ``.tmp-…``, which the next one removes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from dar.protocol.checkpoints import (
     ManifestFile,
     checkpoint_folders,
 )
+from dar.training.checkpoint.disk_errors import explained
 from dar.training.model.adapters import ADAPTER_WEIGHTS, LanguageModel, adapter_name
 
 TENSORS_NAME = "optimizer.safetensors"
@@ -79,12 +81,21 @@ def publish(
     return complete(stage(root, step, write), step, manifest)
 
 
+def _explained(root: Path, step: int) -> contextlib.AbstractContextManager[None]:
+    return explained(f"the checkpoint of step {step}", root, root)
+
+
 def stage(root: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Write the files of a checkpoint, without making them durable; see `publish`.
 
     Returns:
         The folder with them, for `complete`.
     """
+    with _explained(root, step):
+        return _stage(root, step, write)
+
+
+def _stage(root: Path, step: int, write: Callable[[Path], None]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f"{TEMPORARY_PREFIX}step-{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +114,13 @@ def complete(
     temporary: Path, step: int, manifest: Callable[[list[ManifestFile]], Manifest]
 ) -> Published:
     """Describe staged files, make them durable and give the checkpoint its name; see `publish`."""
+    with _explained(temporary.parent, step):
+        return _complete(temporary, step, manifest)
+
+
+def _complete(
+    temporary: Path, step: int, manifest: Callable[[list[ManifestFile]], Manifest]
+) -> Published:
     root = temporary.parent
     try:
         made = manifest(_describe(temporary))

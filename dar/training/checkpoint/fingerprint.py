@@ -12,6 +12,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET, NEUTRAL
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.training.config.config import DARConfig
@@ -31,6 +32,8 @@ DIGESTED = {
     "base": "the base model has other weights",
 }
 """Facts of which only a digest is known, and how a difference reads."""
+GIVES_WAY_TO = {"temperature", *NEUTRAL}
+"""What the default of ``kl_budget`` gives way to: then alpha and beta are in its place."""
 PARTS = {
     "vocabulary": "the tokenizer has another vocabulary or other special tokens",
     "chat_template": "the tokenizer has another chat template",
@@ -164,9 +167,24 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
                     + COUNTED.get(name, "")
                 )
     found |= {part: text for part, text in DIGESTED.items() if before[part] != now[part]}
+    for name in _consequences(before, now, found):
+        del found[name]
     if sentence := _difference_of_rewards(before["rewards"], now["rewards"]):
         found["rewards"] = sentence
     return found
+
+
+def _consequences(
+    before: Mapping[str, Any], now: Mapping[str, Any], found: Mapping[str, str]
+) -> set[str]:
+    """Differences that follow from others: those are the reason."""
+    names = set()
+    if "adapter" in found:  # the sketch of the weights is that of the modules that are trained
+        names.add("base")
+    budgets = [facts["config"].get("kl_budget") for facts in (before, now)]
+    if None in budgets and DEFAULT_BUDGET in budgets and found.keys() & GIVES_WAY_TO:
+        names |= {"kl_budget", *CHOSEN}
+    return names & found.keys()
 
 
 def _difference_of_rewards(

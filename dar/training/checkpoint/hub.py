@@ -202,14 +202,23 @@ def repository_name(args: DARConfig, made: str | None) -> str:
 
 
 @contextlib.contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turn errors of the hub's client into `TrainingError`."""
+def hub_errors(repository: str, *, has_begun: bool = True) -> Iterator[None]:
+    """Turn errors of the hub's client into `TrainingError`.
+
+    Args:
+        repository: Its name.
+        has_begun: Whether there is a run, and so a model.
+    """
     try:
         yield
     except HUB_ERRORS as error:
+        outcome = (
+            "the model is on this machine and can be pushed later"
+            if has_begun
+            else "nothing was trained; leave push_to_hub out to train now and push the model later"
+        )
         raise TrainingError(
-            f"{repository!r} cannot be pushed to the hub: {error}; the model is on this machine "
-            "and can be pushed later",
+            f"{repository!r} cannot be pushed to the hub: {error}; {outcome}",
             param="push_to_hub",
             code="push_failed",
         ) from error

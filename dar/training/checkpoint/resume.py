@@ -24,6 +24,7 @@ from dar.errors import CheckpointError
 from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
 from dar.training.checkpoint.background import BackgroundWriter
+from dar.training.checkpoint.disk_errors import explained
 from dar.training.checkpoint.fingerprint import differences, differences_of_parts, environment
 from dar.training.checkpoint.hub import HubPush
 from dar.training.model.adapters import save_adapter
@@ -220,7 +221,7 @@ class RunCheckpoints:
         found = {} if before is None else differences(before, self._decisive)
         if before is not None and found and found.keys() <= LENGTH:
             old, new = (facts["config"]["max_steps"] for facts in (before, self._decisive))
-            self._is_longer = new > old
+            self._is_longer = self._is_longer_than(before)
             if self._is_longer:
                 self._run.sink.event(
                     "info",
@@ -230,9 +231,15 @@ class RunCheckpoints:
                 )
             if new >= old:
                 return
+        if before is not None and self._is_longer_than(before):
+            found = {name: text for name, text in found.items() if name not in LENGTH}
         raise self._other_arguments(
             folder, list(found.values()) or ["other hyperparameters, data or base weights"]
         )
+
+    def _is_longer_than(self, before: Mapping[str, Any]) -> bool:
+        old, new = (facts["config"]["max_steps"] for facts in (before, self._decisive))
+        return int(new) > int(old)
 
     def _other_arguments(self, folder: Path, found: Sequence[str]) -> CheckpointError:
         return CheckpointError(
@@ -382,8 +389,11 @@ class RunCheckpoints:
         )
 
     def save_model(self, folder: Path) -> None:
-        """Write what `from_pretrained` reads."""
-        self._write_model(folder, self._whole_weights())
+        """Write what `from_pretrained` reads, and the model card."""
+        weights = self._whole_weights()
+        with explained("the model", folder, self.root):
+            self._write_model(folder, weights)
+            self._hub.write_card(folder)
 
     def _publish(self, write: Write, manifest: MakeManifest) -> None:
         self._run.ranks.from_main(lambda: self._publish_here(write, manifest))

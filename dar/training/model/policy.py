@@ -147,9 +147,11 @@ def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None
         param: The parameter that names it.
 
     Raises:
+        InvalidRequestError: Its weights are not in memory.
         TrainingError: It takes no positions, has weights that are not finite, or is not causal.
     """
     loading.settle_outputs(model)
+    probes.check_in_memory(model, what, param=param)
     loading.check_forward(model, param=param)
     probes.check_finite(model, what, param=param)
     probes.check_causal(model, param=param)

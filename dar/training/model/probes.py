@@ -42,6 +42,21 @@ def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
         )
 
 
+def check_in_memory(model: LanguageModel, what: str, *, param: str) -> None:
+    """Reject a model of which a part is on a disk or was never loaded: on the device ``meta``.
+
+    Raises:
+        InvalidRequestError: There is such a part.
+    """
+    away = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if away:
+        raise InvalidRequestError(
+            f"{what} has {len(away)} weights that are not in memory, such as {away[0]} (on the device "
+            "meta); load it without device_map and offloading, so that all weights are on one device",
+            param=param,
+        )
+
+
 def is_finite(model: nn.Module) -> bool:
     """Whether no weight is NaN or infinite."""
     return not _broken_weights(model)

@@ -131,7 +131,7 @@ def config_of(values: Mapping[str, Any]) -> DARConfig:
     quiet: dict[str, Any] = {"log_level": "error", "disable_tqdm": True}
     try:
         return DARConfig(**{**quiet, **values})
-    except (ValueError, TypeError) as error:  # transformers' own checks
+    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks
         raise InvalidRequestError(str(error)) from error
 
 

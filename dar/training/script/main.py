@@ -15,6 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from dar.errors import DARError
+from dar.output import expendable_output
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, checkpoint_folders
 from dar.settings import load_settings
 from dar.training.config.config import DARConfig
@@ -27,6 +28,7 @@ from dar.training.script.exits import ScriptExit, end, fail, fail_by_function
 from dar.training.script.flags import read_command_line
 from dar.training.script.forecast import show_forecast
 from dar.training.script.places import NEWEST, remove_earlier_run
+from dar.training.script.run_lock import output_lock
 from dar.training.script.usage import check_line
 from dar.training.trainer import DARTrainer
 
@@ -72,9 +74,14 @@ def run(line: CommandLine) -> int:
             values |= {"output_dir": folder, "push_to_hub": False, "report_to": "none"}
         config = config_of(values)
         _quiet(config)
+        is_main = config.process_index == 0
+        if not (line.is_dry_run or line.is_forecast):
+            stack.enter_context(expendable_output())
+            if is_main:
+                stack.enter_context(output_lock(Path(str(config.output_dir))))
+                check_line(line)  # another run may have ended there meanwhile
         console = TrainingConsole(line.script.sample_every)
         stop = StopSignals()
-        is_main = config.process_index == 0
         with _status(console, "loading …", is_main):
             trainer = build(line.script, config, load_settings(), console, stop)
         if line.is_forecast:
@@ -107,7 +114,11 @@ def _status(
 
 
 class StopSignals:
-    """Stops with a checkpoint at the first SIGINT or SIGTERM, and at once at the second."""
+    """Stops with a checkpoint at the first SIGINT, SIGTERM or SIGHUP.
+
+    A second SIGINT or SIGTERM stops at once. SIGHUP never does, as one that closes a terminal may
+    arrive twice, and before a SIGTERM. Under nohup it is ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -117,11 +128,11 @@ class StopSignals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals while the context lasts."""
-        before = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Handle the signals while the context lasts."""
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._receive) for number in handled}
         try:
             yield
         finally:
@@ -129,9 +140,12 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise SystemExit(128 + number)
-        self.received = number
+        if self.received is None:
+            self.received = number
+        elif number != signal.SIGHUP:
+            if self.received != signal.SIGHUP:
+                raise SystemExit(128 + number)
+            self.received = number
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -205,8 +205,11 @@ async def test_one_of_several_secrets_is_enough(requests: Any, secret: str) -> N
     assert (await server.post()).status_code == 200
 
 
-async def test_a_secret_may_lie_in_a_file(requests: Any, secret: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text(f"{secret}\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+async def test_a_secret_may_lie_in_a_file(
+    requests: Any, secret: str, tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "secret").write_text(f"{secret}\n", encoding=encoding)
     server = requests(secret=None, secret_file=tmp_path / "secret")
     assert (await server.post()).status_code == 200
     assert (await server.post(webhook_signature="v1,x")).status_code == 401

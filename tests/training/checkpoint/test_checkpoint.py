@@ -22,7 +22,7 @@ from dar.protocol.checkpoints import Manifest
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint.checkpoint import publish, verify
-from dar.training.checkpoint.fingerprint import environment, reward_terms
+from dar.training.checkpoint.fingerprint import differences, environment, reward_terms
 from fakes import tiny_models
 from fakes.recording_sink import RecordingSink
 
@@ -266,6 +266,23 @@ def test_a_resume_under_other_data_or_weights_is_refused(
         train(trained / "step-2", settings=SAVING, train_dataset=prompts[:4])
     with pytest.raises(CheckpointError, match="arguments: the base model has other weights;"):
         train(trained / "step-2", settings=SAVING, model=make_model(1))
+
+
+def test_a_refused_resume_names_the_reasons_alone(
+    train: Callable[..., DARTrainer], trained: Path, prompts: list[dict[str, Any]]
+) -> None:
+    longer = {**SAVING, "max_steps": 8}
+    with pytest.raises(CheckpointError, match="arguments: the training data have other rows;"):
+        train(trained / "step-2", settings=longer, train_dataset=prompts[:4])
+    with pytest.raises(CheckpointError, match="arguments: an adapter was not trained; resume"):
+        train(trained / "step-2", settings=longer, peft_config=lora())
+    same: dict[str, Any] = {"adapter": None, "rows": "", "base": "", "rewards": []}
+    budget = {"kl_budget": 1.0, "temperature": 1.0, "seed": 0}
+    chosen = {"alpha": 0.1, "beta": 0.3, "temperature": 0.5, "seed": 0}
+    there, here = ({**same, "config": config} for config in (budget, chosen))
+    assert differences(there, here) == {"temperature": "temperature was 1.0 and is 0.5"}
+    given = {**same, "config": {**chosen, "temperature": 1.0}}
+    assert differences(there, given).keys() == {"kl_budget", "alpha", "beta"}
 
 
 def test_a_resume_with_another_tokenizer_or_other_frozen_weights_is_refused(

@@ -58,6 +58,17 @@ def gemma(*, is_bidirectional: bool) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("role", ["model", "ref_model"])
+def test_a_model_that_is_not_in_memory_is_refused(
+    train: Callable[..., DARTrainer], make_model: Callable[..., LlamaForCausalLM], role: str
+) -> None:
+    model = make_model()
+    model.lm_head.to("meta")
+    with pytest.raises(InvalidRequestError, match=r"weights that are not in memory, such as") as no:
+        train(**{role: model})
+    assert no.value.param == role
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model"])
 @pytest.mark.parametrize(
     "make", [bert, lambda: gemma(is_bidirectional=True)], ids=["BERT", "Gemma 3"]
 )

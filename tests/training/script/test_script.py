@@ -4,24 +4,16 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from huggingface_hub.utils import logging as hub_logging
 from peft import AutoPeftModelForCausalLM
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2Tokenizer,
 )
 
 from dar.errors import InvalidRequestError
@@ -30,98 +22,7 @@ from dar.training import DARConfig, DARTrainer
 from dar.training.script.assembly import config_of
 from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
 from dar.training.script.main import main
-
-JUDGE = """
-import asyncio, os, signal, sys
-from pathlib import Path
-
-def short(prompts, completions, **columns):
-    return [-len(text) / 40 for text in completions]
-
-def spread(prompts, completions, **columns):
-    return [float(sum(map(ord, text)) % 7) for text in completions]
-
-def equal(prompts, completions, **columns):
-    return [1.0] * len(completions)
-
-def failing(prompts, completions, **columns):
-    return columns["answer"]
-
-def small(prompts, completions, **columns):
-    return [1e-4 * len(set(text)) for text in completions]
-
-def silent(prompts, completions, **columns):
-    return [None] * len(completions)
-
-def broken(prompts, completions, **columns):
-    return [float("nan") if i == 1 else 0.0 for i in range(len(completions))]
-
-def leaving(prompts, completions, **columns):
-    sys.exit(3)
-
-def cancelled(prompts, completions, **columns):
-    raise asyncio.CancelledError("mine")
-
-def ended(prompts, completions, **columns):
-    return [next(iter(()))]
-
-def interrupting(prompts, completions, **columns):
-    Path("scored").write_text(Path("scored").read_text() + "." if Path("scored").exists() else ".")
-    if len(Path("scored").read_text()) == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    return short(prompts, completions)
-
-number = 7
-"""
-QWEN = {
-    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 256, "eos_token_id": 258,
-}  # fmt: skip
-
-
-def byte_tokenizer() -> Qwen2Tokenizer:
-    """One token for each byte, and the special tokens of Qwen2."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {text: i for i, text in enumerate([*sorted(ByteLevel.alphabet()), *special])}
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=special[2], pad_token=special[0])
-
-
-@pytest.fixture
-def folder(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Path]:
-    """The working directory of somebody who wants to train, with everything in it."""
-    torch.manual_seed(0)
-    for name, model in (
-        ("policy", Qwen2ForCausalLM(Qwen2Config(**QWEN))),
-        ("judge-model", Qwen2ForSequenceClassification(Qwen2Config(**QWEN, num_labels=1))),
-    ):
-        model.save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
-    rows = [
-        {"prompt": f"The {noun} was"} for noun in ("soup", "film", "walk", "song", "room", "tea")
-    ]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "judge.py").write_text(JUDGE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("DAR_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "80")
-    sys.modules.pop("judge", None)
-    levels = transformers.utils.logging.get_verbosity(), hub_logging.get_verbosity()
-    yield tmp_path
-    transformers.utils.logging.set_verbosity(levels[0])
-    hub_logging.set_verbosity(levels[1])
-
-
-def command(*more: str, **options: object) -> list[str]:
-    values = {
-        "model_name_or_path": "policy", "dataset_name": "prompts.jsonl", "output_dir": "out", "max_steps": 2,
-        "max_new_tokens": 4, "per_device_train_batch_size": 2, "reward_function": "judge:short", "use_cpu": True,
-    } | options  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return [*flags, *more]
+from fakes.training_folder import command
 
 
 def test_the_quick_start_runs_as_written(folder: Path) -> None:
@@ -420,6 +321,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--reward_weights", "inf"], "--reward_weights has inf"),
         (["--reward_weights", "1e300"], "--reward_weights has 1e+300"),
         (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit cannot be used: You need to install `bitsandbytes`"),
+        (["--use_liger_kernel"], "use_liger_kernel needs the library liger-kernel, 0.3.0 or newer"),
         (["--optim_args", "foo"], "optim_args has 'foo', which adamw_torch ignores"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr cannot be used with lr_scheduler_kwargs None: One of min_lr"),
         (["--lr_scheduler_type", "warmup_stable_decay"], "missing 1 required positional argument: 'num_decay_steps'"),
