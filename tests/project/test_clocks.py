@@ -25,6 +25,8 @@ ALLOWED = {
     "worker/cleanup.py": 1,
     "worker/supervisor/reward_caches.py": 1,
     "dar/rewards/cache/store.py": 1,
+    # When a run began, which is only shown.
+    "dar/training/script/run_lock.py": 1,
     # When a row was written, which is only shown.
     "worker/spool.py": 1,
     # Deadlines for services and workers of earlier versions, which send no seconds.

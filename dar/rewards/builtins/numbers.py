@@ -161,7 +161,8 @@ def _number_for(match: re.Match[str], value: Fraction | None) -> str:
     """A value in the place of a match, as a text that is read as this number."""
     start, end = match.span()
     is_divided = bool(re.match(" ?/ ?[0-9]", match.string[end : end + 3]))
-    is_divisor = bool(re.search("[0-9)}] ?/ ?$", match.string[max(0, start - 4) : start]))
+    before = match.string[max(0, start - 4) : start].rstrip()
+    is_divisor = before.endswith("/") and before[:-1].rstrip()[-1:] in {*"0123456789)}"}
     number = _UNREADABLE
     if value is not None and (value.denominator == 1 or not (is_divided or is_divisor)):
         parts = [str(one) for one in value.as_integer_ratio()[: 1 if value.denominator == 1 else 2]]

@@ -30,7 +30,7 @@ def output_lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder / LOCK_NAME) as file:
-            with contextlib.suppress(OSError):  # a full disk is told where it matters
+            with contextlib.suppress(OSError):  # a full disk is reported where it matters
                 file.truncate(0)
                 holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
                 file.write(holder.encode())

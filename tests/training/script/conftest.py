@@ -6,7 +6,7 @@ import pytest
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 
-from fakes import training_folder
+from fakes.training.folder import fill
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Path]:
     """The working directory of somebody who wants to train, with everything in it."""
-    training_folder.fill(tmp_path)
+    fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("DAR_HOME", str(tmp_path / "home"))

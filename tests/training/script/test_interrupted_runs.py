@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dar.training.script.main import main
-from fakes.training_folder import command
+from fakes.training.folder import command
 
 HOLDER = """
 import sys

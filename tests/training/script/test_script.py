@@ -22,7 +22,7 @@ from dar.training import DARConfig, DARTrainer
 from dar.training.script.assembly import config_of
 from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
 from dar.training.script.main import main
-from fakes.training_folder import command
+from fakes.training.folder import command
 
 
 def test_the_quick_start_runs_as_written(folder: Path) -> None:
