@@ -73,7 +73,8 @@ LEFT_OUT = ("metadata", "suffix", "skip_validation")
 
 def config_of(job: JobRow) -> JobConfig:
     """What a job is made of, as far as it is known."""
-    spec = {**job.parsed_spec.model_dump(mode="json"), "seed": job.seed}
+    spec = job.parsed_spec.model_dump(mode="json")
+    spec |= {"seed": job.seed, "metadata": job.labels}
     decisive = {name: value for name, value in spec.items() if name not in LEFT_OUT}
     dar_spec = {name: value for name, value in spec["method"]["dar"].items() if name != "limits"}
     facts = {

@@ -127,6 +127,17 @@ def test_a_rerun_is_the_same_job_again_and_the_first_one_keeps_its_attempts(
     assert (gone.status_code, error_of(gone)["code"]) == (400, "file_not_found")
 
 
+def test_copies_and_the_config_have_the_labels_that_a_job_has_now(live: Live, sdk: Client) -> None:
+    job = live.submit(metadata={"team": "a"})
+    sdk.jobs.update(job["id"], metadata={"team": "b", "kind": "slow"})
+    now = {"team": "b", "kind": "slow"}
+    assert sdk.jobs.config(job["id"]).spec["metadata"] == now
+    fork = sdk.jobs.fork(job["id"], checkpoint="start", changes={"metadata": {"kind": None}})
+    assert fork.metadata == {"team": "b"}
+    sdk.jobs.cancel(job["id"])
+    assert sdk.jobs.rerun(job["id"]).metadata == now
+
+
 def test_a_rerun_has_the_commit_of_the_hub_model_that_the_first_job_had(
     serve: Callable[..., Live],
 ) -> None:
