@@ -140,6 +140,12 @@ async def fork_job(
     It begins at step 0 with the weights of the checkpoint, a new optimizer, and the checkpoint as
     its reference.
     """
+    # The job that a repeated request has made stays its answer, whatever became of the other one.
+    request = submission.JobRequest(
+        user, copies.fork_digest(job_id, wanted), idempotency_key, retry_count
+    )
+    if (earlier := await run_in_threadpool(submission.replayed, runtime, request)) is not None:
+        return _answer(response, earlier)
     spec, copy = await run_in_threadpool(copies.fork, runtime, user, job_id, wanted)
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count, copy=copy
@@ -160,6 +166,10 @@ async def rerun_job(
 
     The earlier job stays as it is, with its attempts; ``origin`` of the new one names it.
     """
+    # The job that a repeated request has made stays its answer, whatever became of the other one.
+    request = submission.JobRequest(user, copies.rerun_digest(job_id), idempotency_key, retry_count)
+    if (earlier := await run_in_threadpool(submission.replayed, runtime, request)) is not None:
+        return _answer(response, earlier)
     spec, copy = await run_in_threadpool(copies.rerun, runtime, user, job_id)
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count, copy=copy

@@ -29,6 +29,16 @@ EXCLUSIVE = (("max_steps", "n_epochs"), ("kl_budget", *CHOSEN))
 """Hyperparameters of which a change to one replaces the others."""
 
 
+def rerun_digest(job_id: str) -> str:
+    """Digest of a request for a rerun, which its repetition has too."""
+    return _digest(["rerun", job_id])
+
+
+def fork_digest(job_id: str, wanted: ForkJob) -> str:
+    """Digest of a request for a fork, which its repetition has too."""
+    return _digest(["fork", job_id, wanted.model_dump(mode="json")])
+
+
 def rerun(runtime: Runtime, user: User, job_id: str) -> tuple[JobSpec, Copy]:
     """The same job again: its spec, seed and model, at the same commits of a hub.
 
@@ -46,7 +56,7 @@ def rerun(runtime: Runtime, user: User, job_id: str) -> tuple[JobSpec, Copy]:
         spec = JobSpec.model_validate_json(orjson.dumps(config_of(job).spec))
         revisions = job.model_source.get("revisions") or {}
     origin = JobOrigin(kind="rerun", job_id=job_id, checkpoint_id=None, step=None)
-    return spec, Copy(origin, _digest(["rerun", job_id]), revisions)
+    return spec, Copy(origin, rerun_digest(job_id), revisions)
 
 
 def fork(runtime: Runtime, user: User, job_id: str, wanted: ForkJob) -> tuple[JobSpec, Copy]:
@@ -76,7 +86,7 @@ def fork(runtime: Runtime, user: User, job_id: str, wanted: ForkJob) -> tuple[Jo
         checkpoint_id=None if start is None else start.id,
         step=None if start is None else start.step,
     )
-    return spec, Copy(origin, _digest(["fork", job_id, wanted.model_dump(mode="json")]))
+    return spec, Copy(origin, fork_digest(job_id, wanted))
 
 
 def _start_of(transaction: Transaction, job: JobRow, name: str) -> CheckpointRow | None:

@@ -70,14 +70,20 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
-    """A job spec, and what identifies a repetition of an earlier request."""
+class JobRequest:
+    """Who asks for a job, and what identifies a repetition of an earlier request."""
 
-    spec: JobSpec
     user: User
     body_sha256: str
     idempotency_key: str | None
     retry_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(JobRequest):
+    """A request for a job with its spec."""
+
+    spec: JobSpec
     copy: Copy | None = None
     """How it is made from another job."""
     request_id: str | None = None
@@ -194,7 +200,7 @@ async def submit(
     """
     digest = body_digest(spec) if copy is None else copy.body_sha256
     request_id = structlog.contextvars.get_contextvars().get("request_id")
-    submission = Submission(spec, user, digest, idempotency_key, retry_count, copy, request_id)
+    submission = Submission(user, digest, idempotency_key, retry_count, spec, copy, request_id)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -210,7 +216,7 @@ async def submit(
 
 def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
     """Check a submission against everything but its reward services. Stores nothing."""
-    earlier = _replayed(runtime, submission)
+    earlier = replayed(runtime, submission)
     if earlier is not None:
         return earlier
     with runtime.database.read() as transaction:
@@ -279,13 +285,13 @@ def _try_store(runtime: Runtime, plan: Plan) -> Submitted | None:
         return None
     except IntegrityError:
         # The same key was sent twice at once, and the other request has stored its job by now.
-        earlier = _replayed(runtime, submission)
+        earlier = replayed(runtime, submission)
         if earlier is None:
             raise
         return earlier
 
 
-def _replayed(runtime: Runtime, submission: Submission) -> Submitted | None:
+def replayed(runtime: Runtime, submission: JobRequest) -> Submitted | None:
     """The job of an earlier request with the same content. Writes only where there is one.
 
     Raises:
@@ -306,7 +312,7 @@ def _replayed(runtime: Runtime, submission: Submission) -> Submitted | None:
 
 
 def _claim(
-    transaction: Transaction, submission: Submission
+    transaction: Transaction, submission: JobRequest
 ) -> submission_claims.SubmissionClaim | None:
     """Let other tries of a submission without a key wait; None for one with a key."""
     if submission.idempotency_key is not None:
@@ -316,7 +322,7 @@ def _claim(
 
 def _earlier(
     transaction: Transaction,
-    submission: Submission,
+    submission: JobRequest,
     claim: submission_claims.SubmissionClaim | None,
 ) -> Submitted | None:
     """The job of an earlier request with the same content.
@@ -343,7 +349,7 @@ def _earlier(
 def probes_of(
     transaction: Transaction,
     runtime: Runtime,
-    submission: Submission,
+    submission: JobRequest,
     resolved: endpoints.ResolvedSpec,
 ) -> Iterator[probing.ComponentProbe]:
     """The reward services of a job, with their access; none where the spec skips validation."""
@@ -455,6 +461,11 @@ def model_problems(
 
 def _keep(transaction: Transaction, plan: Plan) -> bool:
     """Keep what a plan needs until the transaction ends. Returns whether nothing has changed."""
+    copy = plan.submission.copy
+    start = None if copy is None else copy.origin.checkpoint_id
+    # A fork names its checkpoint by its step, which a later attempt may write again.
+    if start is not None and start not in plan.model.checkpoint_ids:
+        return False
     return (
         reward_endpoints.keep(transaction, plan.revisions)
         and files.keep(transaction, plan.file_ids) == plan.file_ids

@@ -78,7 +78,7 @@ async def validate(runtime: Runtime, user: User, spec: JobSpec) -> JobValidation
 
 def examine(runtime: Runtime, user: User, spec: JobSpec) -> Findings:
     """Make every check but the probes of reward services."""
-    wanted = Submission(spec, user, submission.body_digest(spec), None, 0)
+    wanted = Submission(user, submission.body_digest(spec), None, 0, spec)
     found = Findings(spec)
     with runtime.database.read() as transaction:
         resolved = found.of(lambda: endpoints.resolve(transaction, user.project_id, spec))

@@ -5,8 +5,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from dar.client import Client
+from dar.protocol.ids import new_id
 from fakes.live_service import Live
+from service.jobs import copies
+from service.store.tables import CheckpointRow, JobRow
 
 PATH = "/v1/fine_tuning/jobs"
 FILES = {"model.safetensors": b"weights", "config.json": b"{}", "resume/state.json": b"{}"}
@@ -70,6 +75,60 @@ def test_a_repeated_fork_is_one_job_although_a_checkpoint_came_meanwhile(
     assert again.headers["idempotency-replayed"] == "true"
     other = live.http.post(f"{PATH}/{job_id}/fork", json={"checkpoint": "start"}, headers=key)
     assert error_of(other)["code"] == "idempotency_mismatch"
+
+
+def test_a_repeated_copy_is_the_stored_job_whatever_became_of_its_source(
+    live: Live, sdk: Client
+) -> None:
+    job_id, [checkpoint_id] = trained(live, 1)
+    key, retry = {"idempotency-key": "fork"}, {"x-stainless-retry-count": "1"}
+    rerun_key = {"idempotency-key": "rerun"}
+    body = {"checkpoint": checkpoint_id}
+    fork = live.http.post(f"{PATH}/{job_id}/fork", json=body, headers=key).json()
+    inferred = live.http.post(f"{PATH}/{job_id}/fork", json={"checkpoint": "start"}).json()
+    sdk.jobs.cancel(fork["id"])
+    sdk.jobs.cancel(inferred["id"])
+    ended = live.submit()["id"]
+    sdk.jobs.cancel(ended)
+    rerun = live.http.post(f"{PATH}/{ended}/rerun", headers=rerun_key).json()
+    sdk.jobs.cancel(rerun["id"])
+    with live.runtime.database.write() as transaction:
+        for source in (job_id, ended):
+            transaction.get_one(JobRow, source).deleted_at = transaction.now
+    for path, sent, headers, first in (
+        (f"{job_id}/fork", body, key, fork),
+        (f"{job_id}/fork", {"checkpoint": "start"}, retry, inferred),
+        (f"{ended}/rerun", None, rerun_key, rerun),
+    ):
+        answer = live.http.post(f"{PATH}/{path}", json=sent, headers=headers)
+        assert (answer.status_code, answer.json().get("id")) == (200, first["id"]), path
+        assert answer.headers["idempotency-replayed"] in {"true", "inferred"}
+    assert live.http.post(f"{PATH}/{ended}/rerun").status_code == 404
+
+
+def test_a_fork_never_starts_from_a_checkpoint_that_took_the_name_of_its_own(
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, [checkpoint_id] = trained(live, 1)
+    fork = copies.fork
+
+    def overtaken(*args: Any) -> Any:
+        """A fork whose step a later attempt writes again before the job is stored."""
+        made = fork(*args)
+        with live.runtime.database.write() as transaction:
+            old = transaction.get_one(CheckpointRow, checkpoint_id)
+            values = {one.name: getattr(old, one.name) for one in old.__table__.columns}
+            later = {"id": new_id("ckpt-"), "attempt": 2, "created_at": transaction.now}
+            transaction.add(CheckpointRow(**values | later))
+        return made
+
+    monkeypatch.setattr(copies, "fork", overtaken)
+    answer = live.http.post(f"{PATH}/{job_id}/fork", json={"checkpoint": checkpoint_id})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "service_unavailable")
+    monkeypatch.undo()
+    assert live.http.get(PATH).json()["data"][0]["id"] == job_id
+    newer = live.http.post(f"{PATH}/{job_id}/fork").json()
+    assert newer["origin"]["checkpoint_id"] != checkpoint_id
 
 
 def test_a_fork_that_cannot_be_is_refused_by_its_place(
