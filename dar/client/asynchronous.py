@@ -1,7 +1,7 @@
 """Asynchronous twins of the SDK's methods: each runs the method itself in a thread of the client.
 
-So there is one implementation, and a twin has its arguments, its answer and its errors. Only pauses
-between polls need no thread.
+So there is one implementation, and a twin has its arguments, its answer and its errors. Pauses
+between polls need no thread. An open stream has a thread of its own, as it waits most of the time.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from dar.client.paging import Listing
+from dar.client.stream import FrameStream
 from dar.client.waiting import Following, Pause
 from dar.protocol.base import Page
 
@@ -19,18 +20,27 @@ Item = TypeVar("Item")
 Kind = TypeVar("Kind")
 Result = TypeVar("Result")
 THREADS = 32
-"""Most requests at the same time of one client; more wait for their turn."""
+"""Most requests at the same time of one client, without open streams; more wait for their turn."""
 
 
 class Threads:
-    """Threads in which the requests of one client run."""
+    """Threads in which the requests of one client run.
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="dar-async-client")
+    Args:
+        most: How many.
+    """
+
+    def __init__(self, most: int = THREADS) -> None:
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="dar-async-client")
 
     async def run(self, call: Callable[[], Result]) -> Result:
         """The result of ``call``, without blocking the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    def end_with(self, call: Callable[[], None]) -> None:
+        """End the threads after the present calls and this one, for which nobody waits."""
+        self._pool.submit(call)
+        self._pool.shutdown(wait=False)
 
     def close(self) -> None:
         """End the threads as soon as their calls have returned."""
@@ -108,11 +118,23 @@ def followed(
         self: AsyncResource[Kind], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> AsyncIterator[Item]:
         found = method(self._resource, *args, **kwargs)
+        if isinstance(found, FrameStream):
+            return _streamed(found)
         steps = found.steps() if isinstance(found, Following) else found
         return _items(steps, self._threads)
 
     functools.update_wrapper(twin, method)
     return twin
+
+
+async def _streamed(stream: FrameStream) -> AsyncIterator[Any]:
+    """The frames of a stream, whose connection ends as soon as the reader leaves."""
+    thread = Threads(1)
+    try:
+        async for frame in _items(stream.steps, thread):
+            yield frame
+    finally:
+        thread.end_with(stream.close)
 
 
 async def _items(

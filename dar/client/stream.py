@@ -1,12 +1,13 @@
 """The stream of a job: frames out of bytes, and a connection that is opened again after a break."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from dar.client.transport import MAX_BACKOFF_SECONDS, Backoff, Transport
+from dar.client.waiting import Pause
 from dar.errors import DARError
 from dar.protocol.stream import StreamFrame
 
@@ -55,14 +56,41 @@ def _parsed(text: str) -> StreamFrame:
         ) from None
 
 
+class FrameStream(Iterator[StreamFrame]):
+    """The frames of a stream. `close` ends its connection before the stream ends.
+
+    Args:
+        steps: Frames, and pauses: before a connection is opened again, and of no time wherever
+            something came that is no frame.
+    """
+
+    def __init__(self, steps: Generator[StreamFrame | Pause, None, None]) -> None:
+        self.steps = steps
+
+    def __next__(self) -> StreamFrame:
+        while isinstance(step := next(self.steps), Pause):
+            time.sleep(step.seconds)
+        return step
+
+    def close(self) -> None:
+        """End the connection."""
+        self.steps.close()
+
+
 def follow(
     transport: Transport, path: str, params: Mapping[str, Any], from_seq: int
-) -> Iterator[StreamFrame]:
+) -> FrameStream:
     """The frames of a stream, through restarts of the service, each once.
 
     Raises:
         DARError: For 300 s the service could not be reached, or it has returned an error.
     """
+    return FrameStream(_steps(transport, path, params, from_seq))
+
+
+def _steps(
+    transport: Transport, path: str, params: Mapping[str, Any], from_seq: int
+) -> Generator[StreamFrame | Pause, None, None]:
     last, backoff, answered = from_seq - 1, Backoff(MAX_BACKOFF_SECONDS), time.monotonic()
     while True:
         pause = None
@@ -79,8 +107,9 @@ def follow(
                         yield frame
                     if decoder.is_done:
                         return
+                    yield Pause(0)
         except DARError as error:
             if not error.retryable or time.monotonic() - answered > OUTAGE_SECONDS:
                 raise
             pause = error.retry_after_seconds
-        time.sleep(backoff.next(pause))
+        yield Pause(backoff.next(pause))

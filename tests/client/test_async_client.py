@@ -1,12 +1,13 @@
 """The asynchronous client: the same resources, methods and arguments, through a live service."""
 
 import asyncio
+import contextlib
 import inspect
 import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 import dar
 from dar.client import AsyncClient, AsyncListing, Client, Listing
+from dar.client.asynchronous import THREADS
+from dar.client.transport import Transport
 from dar.errors import ConflictError, InvalidRequestError, NotFoundError
 from dar.protocol.jobs import Job
 
@@ -107,6 +110,61 @@ def test_a_given_up_wait_leaves_no_thread_behind(
         if thread.name.startswith("dar-async-client"):
             thread.join(5)
             assert not thread.is_alive()
+    client.jobs.cancel(job.id)
+
+
+def test_open_streams_leave_room_for_requests(
+    client: Client, service: Any, new_job: Callable[..., Job]
+) -> None:
+    job = new_job()
+
+    async def follow(twin: AsyncClient, has_frame: asyncio.Semaphore) -> None:
+        async for _ in twin.jobs.stream(job.id):
+            has_frame.release()
+
+    async def drive() -> str:
+        async with AsyncClient(service.api_key, service.url) as twin:
+            has_frame = asyncio.Semaphore(0)
+            readers = [asyncio.create_task(follow(twin, has_frame)) for _ in range(THREADS + 1)]
+            try:
+                async with asyncio.timeout(20):
+                    for _ in readers:
+                        await has_frame.acquire()
+                    found = await twin.jobs.retrieve(job.id)
+            finally:
+                client.jobs.cancel(job.id)
+            await asyncio.gather(*readers)
+            return found.status
+
+    assert asyncio.run(drive()) == "queued"
+
+
+def test_a_stream_that_its_reader_leaves_has_no_connection(
+    client: Client, service: Any, new_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, ended = new_job(), threading.Event()
+    opened = Transport.open
+
+    @contextlib.contextmanager
+    def watched(*args: Any, **options: Any) -> Iterator[Any]:
+        try:
+            with opened(*args, **options) as response:
+                yield response
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Transport, "open", watched)
+
+    async def leave() -> bool:
+        async with AsyncClient(service.api_key, service.url) as twin:
+            frames = twin.jobs.stream(job.id)
+            async for _ in frames:
+                assert not ended.is_set()
+                break
+            await frames.aclose()  # type: ignore[attr-defined] # an asynchronous generator
+            return await asyncio.to_thread(ended.wait, 5)
+
+    assert asyncio.run(leave())
     client.jobs.cancel(job.id)
 
 
