@@ -349,7 +349,7 @@ def _earlier(
 def probes_of(
     transaction: Transaction,
     runtime: Runtime,
-    submission: JobRequest,
+    submission: Submission,
     resolved: endpoints.ResolvedSpec,
 ) -> Iterator[probing.ComponentProbe]:
     """The reward services of a job, with their access; none where the spec skips validation."""
