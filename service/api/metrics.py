@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
@@ -37,6 +39,12 @@ POLL_MS = 1000
 MAX_JOBS = 20
 """Of one comparison."""
 MAX_POINTS = 100_000
+COMPARED_POINTS = 1000
+"""Most points of a series of a comparison that names no number."""
+MAX_COMPARED_POINTS = 200_000
+"""Most points of a series, times the number of compared jobs."""
+LINES = 1000
+"""Lines of one part of a text."""
 NAMES = (
     "Comma-separated; default: all, by their present names. Until the next release, the earlier "
     "names reward/… and time/reward/… of the metrics reward_requests/… are accepted, and the "
@@ -108,13 +116,12 @@ class ChosenPoints:
         }
 
 
-def wanted(
+def wanted_series(
     names: Annotated[str | None, Query(description=NAMES)] = None,
     from_step: Step = None,
     to_step: Step = None,
-    max_points: Annotated[int | None, Query(ge=2, le=MAX_POINTS, description=POINTS)] = None,
 ) -> ChosenPoints:
-    """The requested points.
+    """The requested series, with all their points.
 
     Raises:
         InvalidRequestError: There is no such metric, or ``from_step`` is after ``to_step``.
@@ -127,10 +134,30 @@ def wanted(
         )
     asked = _names(names)
     present = None if asked is None else {name: current_name(name) for name in asked}
-    return ChosenPoints(present, from_step, to_step, max_points)
+    return ChosenPoints(present, from_step, to_step, None)
+
+
+WantedSeries = Annotated[ChosenPoints, Depends(wanted_series)]
+
+
+def wanted(
+    series: WantedSeries,
+    max_points: Annotated[int | None, Query(ge=2, le=MAX_POINTS, description=POINTS)] = None,
+) -> ChosenPoints:
+    """The requested points."""
+    return replace(series, max_points=max_points)
+
+
+def wanted_of_each(
+    series: WantedSeries,
+    max_points: Annotated[int, Query(ge=2, le=MAX_POINTS, description=POINTS)] = COMPARED_POINTS,
+) -> ChosenPoints:
+    """The requested points of each job of a comparison, never all of a long job."""
+    return replace(series, max_points=max_points)
 
 
 WantedPoints = Annotated[ChosenPoints, Depends(wanted)]
+PointsOfEach = Annotated[ChosenPoints, Depends(wanted_of_each)]
 
 
 @router.get("/v1/fine_tuning/metrics/names")
@@ -149,12 +176,22 @@ def compare_metrics(
     request: Request,
     runtime: CurrentRuntime,
     user: Reader,
-    points: WantedPoints,
+    points: PointsOfEach,
     ids: Annotated[str, Query(description=f"Ids of at most {MAX_JOBS} jobs, comma-separated.")],
 ) -> Response:
     """The metrics of several jobs, in the order of ``ids``."""
+    asked = _ids(ids)
+    assert points.max_points is not None
+    most = MAX_COMPARED_POINTS // len(asked)
+    if points.max_points > most:
+        raise InvalidRequestError(
+            f"max_points is {points.max_points}, but a comparison of {len(asked)} jobs may have "
+            f"{most} points of a series; send a smaller number, or fewer ids",
+            param="max_points",
+            code="too_many_points",
+        )
     with runtime.database.read() as transaction:
-        found = [jobs.get(transaction, user.project_id, job_id) for job_id in _ids(ids)]
+        found = [jobs.get(transaction, user.project_id, job_id) for job_id in asked]
         states = [(job, metrics.last_id(transaction, job.id)) for job in found]
         tags = ",".join(f"{job.id}:{_tag(job, newest)}" for job, newest in states)
         etag = f'W/"{hashlib.sha256(tags.encode()).hexdigest()[:32]}"'
@@ -251,9 +288,11 @@ def get_metrics(
     more = {"x-dar-cursor": body["cursor"]}
     if rewound_to is not None:
         more["x-dar-rewound-to"] = str(rewound_to)
+    rows = _rows(body["series"])
     if format == "csv":
-        return _answer(_csv(body["series"]), "text/csv", etag, more)
-    return _answer(_jsonl(body["series"]), "application/jsonl", etag, more)
+        return StreamingResponse(_csv(rows), media_type="text/csv", headers=_headers(etag, more))
+    lines = _jsonl(rows)
+    return StreamingResponse(lines, media_type="application/jsonl", headers=_headers(etag, more))
 
 
 def _body(
@@ -283,32 +322,40 @@ def _not_modified(etag: str) -> Response:
     return Response(status_code=304, headers={"etag": etag})
 
 
-def _answer(
-    content: bytes, media_type: str, etag: str, more: Mapping[str, str] | None = None
-) -> Response:
-    headers = {"etag": etag, "cache-control": "private, no-cache", **(more or {})}
-    return Response(content, media_type=media_type, headers=headers)
+def _answer(content: bytes, media_type: str, etag: str) -> Response:
+    return Response(content, media_type=media_type, headers=_headers(etag, {}))
 
 
-def _rows(series: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, int, float | None, float]]:
+def _headers(etag: str, more: Mapping[str, str]) -> dict[str, str]:
+    return {"etag": etag, "cache-control": "private, no-cache", **more}
+
+
+Line = tuple[str, int, float | None, float]
+
+
+def _rows(series: Mapping[str, dict[str, Any]]) -> Iterator[Line]:
     for name, points in series.items():
         for step, value, at in zip(points["step"], points["value"], points["at"], strict=True):
             yield name, step, value, at
 
 
-def _csv(series: Mapping[str, dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    writer.writerows(_rows(series))
-    return text.getvalue().encode()
+def _csv(rows: Iterator[Line]) -> Iterator[bytes]:
+    """The lines of a table, in parts."""
+    part: Sequence[Sequence[object]] = [COLUMNS]
+    while part:
+        text = io.StringIO()
+        csv.writer(text).writerows(part)
+        yield text.getvalue().encode()
+        part = list(islice(rows, LINES))
 
 
-def _jsonl(series: Mapping[str, dict[str, Any]]) -> bytes:
+def _jsonl(rows: Iterator[Line]) -> Iterator[bytes]:
+    """The points as JSON, in parts."""
     option = orjson.OPT_APPEND_NEWLINE
-    return b"".join(
-        orjson.dumps(dict(zip(COLUMNS, row, strict=True)), option=option) for row in _rows(series)
-    )
+    while part := list(islice(rows, LINES)):
+        yield b"".join(
+            orjson.dumps(dict(zip(COLUMNS, row, strict=True)), option=option) for row in part
+        )
 
 
 def _ids(text: str) -> list[str]:

@@ -27,7 +27,7 @@ def step(number: int, **values: float | None) -> dict[str, Any]:
 
 def long_job(live: Live, slot: str = "0", steps: int = 400) -> tuple[str, Lease]:
     """A job that reported steps with a peak at 77, and evaluated every 100 steps."""
-    job_id = live.submit(dar={"hyperparameters": {"max_steps": 1000}})["id"]
+    job_id = live.submit(dar={"hyperparameters": {"max_steps": 2000}})["id"]
     lease = live.claim(slot)
     assert lease is not None
     rows = [
@@ -141,6 +141,35 @@ def test_jobs_are_compared_in_one_response(
     for wrong in ("", ",", ",".join(f"ftjob-{n}" for n in range(21))):
         refused = live.http.get(path, params={"ids": wrong})
         assert error_of(refused)["code"] == "invalid_ids", wrong
+
+
+def test_a_comparison_has_a_bound_without_a_number_of_points_and_with_one(
+    live: Live, client: Client, error_of: Callable[..., Any]
+) -> None:
+    job_id, lease = long_job(live)
+    for first in (401, 751):
+        rows = [step(n, loss=1.0) for n in range(first, first + 350)]
+        assert lease.say(*rows).status_code == 200
+    whole = client.jobs.metrics(job_id, names="dar/loss").series["dar/loss"].value
+    [chart] = client.jobs.compare_metrics([job_id], names="dar/loss")
+    assert len(whole) > 1000 >= len(chart.series["dar/loss"].value)
+    assert chart.resolution > 1
+    ids = ",".join([job_id, live.submit()["id"], live.submit()["id"]])
+    params = {"ids": ids, "max_points": 100_000}
+    refused = live.http.get("/v1/fine_tuning/metrics", params=params)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "max_points")
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_a_text_is_sent_in_parts(live: Live, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    job_id, _ = long_job(live, steps=6)
+    params = {"format": format, "names": "dar/loss"}
+    whole = live.http.get(ROUTE.format(job_id), params=params).content
+    monkeypatch.setattr("service.api.metrics.LINES", 2)
+    answer = live.http.get(ROUTE.format(job_id), params=params)
+    assert answer.content == whole
+    assert whole.count(b"\n") == 6 + (format == "csv")
+    assert "content-length" not in answer.headers
 
 
 def test_a_tag_among_several_is_known(live: Live) -> None:
