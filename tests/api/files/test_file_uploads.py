@@ -206,7 +206,7 @@ def test_a_wrong_announcement_is_refused(
     assert (answer.status_code, error_of(answer)["param"]) == (status, param)
 
 
-def test_parts_are_refused_that_are_none_or_of_a_strangers_upload(
+def test_parts_are_refused_that_are_none_or_of_no_upload(
     live: Live, error_of: Callable[..., Any]
 ) -> None:
     path = f"/v1/uploads/{begin(live, bytes=10).json()['id']}/parts"
