@@ -17,6 +17,7 @@ def migrate(connection: Connection) -> None:
         compare_type=True,
         # SQLite's DDL is transactional once its driver no longer begins transactions itself.
         transactional_ddl=True,
+        transaction_per_migration=True,
     )
     with context.begin_transaction():
         context.run_migrations()

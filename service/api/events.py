@@ -145,7 +145,7 @@ def show(event: tables.JobEventRow, last_steps: Mapping[int, int]) -> Event:
             "created_at": seconds(event.created_at),
             "seq": event.seq,
             "level": event.level,
-            "type": event.type,
+            "type": "sample" if events.stream_type(event) == "sample" else event.type,
             "message": event.message,
             "data": event.data,
         }

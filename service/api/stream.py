@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from dar.errors import AuthenticationError, InvalidRequestError, NotFoundError
@@ -119,10 +120,10 @@ class _Stream:
                 # Such a number is of a database that was replaced by an older copy.
                 yield self._gap(newest + 1, after, at=newest)
                 after = newest
-            while True:
+            while await self._may_read():
                 news = await reader.after(after, PING_SECONDS)
                 if news is None:
-                    if self._runtime.feeds.is_closing or not await self._may_read():
+                    if self._runtime.feeds.is_closing:
                         return
                     yield PING
                     continue
@@ -161,7 +162,9 @@ class _Stream:
             return True
         self._checked = time.monotonic()
         try:
-            await run_in_threadpool(auth.principal, self._request, self._runtime)
+            found = await run_in_threadpool(auth.principal, self._request, self._runtime)
         except AuthenticationError:
             return False
-        return True
+        except SQLAlchemyError:  # as at the reading of events: the next check may succeed
+            return True
+        return found.project_id == self._user.project_id and "read" in found.scopes

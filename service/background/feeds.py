@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
@@ -222,7 +223,7 @@ class JobFeeds:
                     feed.wake()
                 if len(news.frames) == PAGE:
                     feed.is_stale = True
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, ValidationError) as error:  # it may be of a later version
             log.warning("cannot read events for streams", job=feed.job_id, error=str(error))
         finally:
             feed.refreshing = None

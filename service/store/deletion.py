@@ -72,7 +72,14 @@ def mark_checkpoint(
         )
     if found.is_pinned:
         raise _kept_by_user(transaction, found)
-    _mark(transaction, CheckpointRow.id == checkpoint_id)
+    this = CheckpointRow.id == checkpoint_id
+    _mark(transaction, this)
+    # It is locked now, so nobody can pin it or take back its end any more.
+    transaction.refresh(found)
+    if found.is_pinned:
+        raise _kept_by_user(transaction, found)
+    if has_expired and (found.expires_at is None or found.expires_at > transaction.now):
+        raise ConflictError(f"checkpoint {checkpoint_id} of job {job_id} has not expired")
     checkpoints.point_to(transaction, job, checkpoints.newest(transaction, job_id))
     kind, what = "checkpoint_deleted", "was deleted by a user"
     if has_expired:

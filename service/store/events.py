@@ -18,8 +18,20 @@ from service.store.tables import JobEventRow, JobRow
 
 LISTED: frozenset[StreamType] = frozenset(STREAM_TYPES) - {"sample"}
 """What OpenAI's list of events has: clients of earlier versions know no other."""
-CHECKPOINT_KINDS = ("checkpoint", "checkpoint_deleted", "checkpoint_damaged", "checkpoint_whole")
+CHECKPOINT_KINDS = (
+    "checkpoint",
+    "checkpoint_deleted",
+    "checkpoint_damaged",
+    "checkpoint_whole",
+    "checkpoint_expired",
+    "checkpoint_promoted",
+)
 """``data.kind`` of events about checkpoints."""
+SAMPLES_KIND = "samples"
+"""``data.kind`` of a trainer's event about stored samples, whose type is ``sample`` for clients.
+
+The stored type is ``message``, as replicas of earlier versions can show no other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +157,11 @@ def newest_seqs(
 
 def stream_type(event: JobEventRow) -> StreamType:
     """What a stream calls an event. `_is_of` is the same as a condition."""
-    if event.type in {"metrics", "sample"}:
-        return cast("StreamType", event.type)
+    if event.type == "metrics":
+        return "metrics"
     kind = (event.data or {}).get("kind")
+    if event.attempt is not None and kind == SAMPLES_KIND:
+        return "sample"
     if event.attempt is None and kind == "status":
         return "status"
     return "checkpoint" if event.attempt is None and kind in CHECKPOINT_KINDS else "event"
@@ -156,6 +170,9 @@ def stream_type(event: JobEventRow) -> StreamType:
 def _is_of(types: Collection[StreamType]) -> ColumnElement[bool]:
     message, kind = JobEventRow.type == "message", JobEventRow.data["kind"].as_string()
     is_own = and_(message, JobEventRow.attempt.is_(None))
+    is_sample = and_(
+        message, JobEventRow.attempt.is_not(None), func.coalesce(kind == SAMPLES_KIND, false())
+    )
     is_status, is_checkpoint = (
         and_(is_own, kind == "status"),
         and_(is_own, kind.in_(CHECKPOINT_KINDS)),
@@ -163,11 +180,11 @@ def _is_of(types: Collection[StreamType]) -> ColumnElement[bool]:
     other = func.coalesce(kind.in_(("status", *CHECKPOINT_KINDS)), false())
     conditions: dict[StreamType, ColumnElement[bool]] = {
         "metrics": JobEventRow.type == "metrics",
-        "sample": JobEventRow.type == "sample",
+        "sample": is_sample,
         "status": is_status,
         "checkpoint": is_checkpoint,
-        "event": and_(message, or_(JobEventRow.attempt.is_not(None), not_(other))),
+        "event": and_(message, not_(is_sample), or_(JobEventRow.attempt.is_not(None), not_(other))),
     }
     if frozenset(types) == LISTED:
-        return JobEventRow.type != "sample"
+        return not_(is_sample)
     return or_(*(conditions[name] for name in types))

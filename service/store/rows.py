@@ -212,8 +212,8 @@ def _samples_event(row: SamplesRow, attempt: int) -> events.NewEvent:
     rewards = [sample.reward for sample in row.samples if sample.reward is not None]
     return events.NewEvent(
         f"Step {row.step}: {len(row.samples)} samples are stored",
-        type="sample",
         data={
+            "kind": events.SAMPLES_KIND,
             "step": row.step,
             "attempt": attempt,
             "count": len(row.samples),

@@ -1,5 +1,7 @@
 """Events by type: a database finds those that a stream would name so."""
 
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from dar.protocol.stream import STREAM_TYPES, StreamType
 from fakes.world import World
 from service.store import events
-from service.store.events import NewEvent
+from service.store.events import NewEvent, stream_type
 from service.store.paging import Cursor
 
 MADE = (
@@ -19,7 +21,7 @@ MADE = (
     NewEvent("of a trainer", data={"kind": "status"}, attempt=1, step=1),
     NewEvent("of a trainer", data={"kind": "checkpoint"}, attempt=1, step=1),
     NewEvent("a step", type="metrics", data={"step": 1}, attempt=1, step=1),
-    NewEvent("samples", type="sample", data={"step": 1}, attempt=1, step=1),
+    NewEvent("samples", data={"kind": "samples", "step": 1}, attempt=1, step=1),
     NewEvent("a later step", type="metrics", data={"step": 2}, attempt=1, step=2),
 )
 
@@ -45,7 +47,9 @@ def test_each_event_has_one_type_by_which_the_database_finds_it(world: World) ->
         assert len(every) == len(MADE) + 2
         cursor = Cursor(limit=100, order="asc")
         listed = events.list_page(transaction, job_id, cursor, rewound=False).rows
-        assert [row.seq for row in listed] == [row.seq for row in every if row.type != "sample"]
+        assert [row.seq for row in listed] == [
+            row.seq for row in every if stream_type(row) != "sample"
+        ]
         assert [row.seq for row in events.read_after(transaction, job_id, 3, 2)] == [4, 5]
         assert events.newest_seqs(transaction, [job_id, "none"]) == {job_id: (12, "running")}
 
@@ -60,3 +64,11 @@ def test_a_page_of_one_type_has_no_other(world: World, name: StreamType) -> None
             transaction, job_id, Cursor(limit=100), rewound=True, types=[name, "metrics"]
         ).rows
         assert {events.stream_type(row) for row in found} == {name, "metrics"}
+
+
+def test_every_event_about_a_checkpoint_is_in_the_stream_of_checkpoints() -> None:
+    sources = "".join(path.read_text() for path in Path(events.__file__).parents[1].rglob("*.py"))
+    appended = r'(?:"kind": |kind, what = |_tell\(transaction, checkpoint, )"(checkpoint_\w+)"'
+    kinds = set(re.findall(appended, sources))
+    assert len(kinds) == 5
+    assert kinds <= set(events.CHECKPOINT_KINDS)

@@ -130,7 +130,7 @@ def test_openais_client_follows_a_job_from_its_beginning_to_its_end(
     assert (job["id"], job["status"], job["error"]) == (job_id, "succeeded", None)
     samples = next(frame["event"]["data"] for frame in frames if frame["type"] == "sample")
     assert samples == {
-        "step": 1, "attempt": 1, "count": 2, "min_reward": 1.0, "max_reward": 1.0,
+        "kind": "samples", "step": 1, "attempt": 1, "count": 2, "min_reward": 1.0, "max_reward": 1.0,
     }  # fmt: skip
     listed = live.job(job_id, "/events", limit=100)["data"]
     assert {event["type"] for event in listed} == {"message", "metrics"}, "as before"
@@ -342,3 +342,20 @@ def test_a_reader_of_one_replica_gets_what_another_one_stores(
     found = sorted(frame["seq"] for frame in got if frame["type"] != "done")
     whole = range(1, 2 + 20 * 3 + 2 + 1)
     assert found == sorted([*(seq for seq in whole for _ in readers), 3])
+
+
+def test_a_revoked_key_reads_no_busy_stream_any_more(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHECK_SECONDS", 0.0)
+    job_id, lease = live.running()
+    made = live.http.post("/v1/api_keys", json={"scopes": ["read"]}).json()
+    headers = {"authorization": f"Bearer {made['key']}"}
+    path = f"/v1/fine_tuning/jobs/{job_id}/stream"
+    with live.http.stream("GET", path, headers=headers) as answer:
+        parts = answer.iter_text()
+        next(parts)
+        live.http.post(f"/v1/api_keys/{made['id']}/revoke")
+        lease.say(*step_rows(1))
+        rest = "".join(parts)  # it ends, though the job has not
+    assert "[DONE]" not in rest
