@@ -190,7 +190,7 @@ def test_what_has_expired_and_nobody_keeps_or_needs_is_found(world: World) -> No
         assert checkpoints.is_any_to_remove(transaction)
         assert checkpoints.expired(transaction) == [(*place, made[3].id)]
     too_early = pytest.raises(ConflictError, match="has not expired")  # its end was moved
-    with world.database.write() as transaction, too_early:
+    with too_early, world.database.write() as transaction:
         deletion.mark_checkpoint(transaction, *place, made[0].id, has_expired=True)
     with world.database.write() as transaction:
         deletion.mark_checkpoint(transaction, *place, made[3].id, has_expired=True)
