@@ -132,6 +132,9 @@ class Jobs(RuleBasedStateMachine):
             return deliver()
         return None
 
+    def new_id(self) -> str:
+        return f"ftjob-{next(self.count):04}"
+
     def tick(self) -> None:
         """No two messages arrive at the same instant."""
         self.clock.advance(0.01)
@@ -160,16 +163,21 @@ class Jobs(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from("abc"), how=NEXT)
     def submit(self, key: str, how: str) -> None:
-        job_id = f"ftjob-{next(self.count):04}"
+        ids = [self.new_id()]
+
+        def on_model() -> str:
+            # The key of a deleted job is free again, so a repeated message then makes another one.
+            ids.append(self.new_id())
+            return self.model.submit(key, ids[-1])
 
         def work(transaction: Transaction) -> str:
             known = jobs.find_by_key(transaction, self.world.project_id, key)
             if known is not None:
                 return known.id
-            self.world.store(transaction, id=job_id, total_steps=STEPS, idempotency_key=key)
-            return job_id
+            self.world.store(transaction, id=ids[-1], total_steps=STEPS, idempotency_key=key)
+            return ids[-1]
 
-        answer = self.send(how, lambda: self.model.submit(key, job_id), work)
+        answer = self.send(how, on_model, work)
         if answer is not None:
             self.acknowledged.append(Acknowledged(answer, answer))
 
