@@ -22,7 +22,10 @@ def upgrade() -> None:
             ["project_id"], ["projects.id"], name="fk_model_aliases_project_id_projects"
         ),
         sa.ForeignKeyConstraint(
-            ["checkpoint_id"], ["checkpoints.id"], name="fk_model_aliases_checkpoint_id_checkpoints"
+            ["checkpoint_id"],
+            ["checkpoints.id"],
+            name="fk_model_aliases_checkpoint_id_checkpoints",
+            ondelete="CASCADE",  # a replica of an earlier version deletes checkpoints alone
         ),
         sa.PrimaryKeyConstraint("project_id", "name", name="pk_model_aliases"),
     )

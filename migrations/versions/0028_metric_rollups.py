@@ -18,7 +18,10 @@ def upgrade() -> None:
         sa.Column("bucket", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("extremes_json", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
-            ["job_id"], ["jobs.id"], name=op.f("fk_metric_rollups_job_id_jobs")
+            ["job_id"],
+            ["jobs.id"],
+            name=op.f("fk_metric_rollups_job_id_jobs"),
+            ondelete="CASCADE",  # a replica of an earlier version deletes jobs, and not these rows
         ),
         sa.PrimaryKeyConstraint(
             "job_id", "attempt", "level", "bucket", name=op.f("pk_metric_rollups")

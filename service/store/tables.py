@@ -420,7 +420,7 @@ class MetricRollupRow(Base):
 
     __tablename__ = "metric_rollups"
 
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     level: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     """The bucket has ``2**level`` steps."""
@@ -536,7 +536,7 @@ class ModelAliasRow(Base):
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     name: Mapped[str] = mapped_column(String(96), primary_key=True)
-    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"))
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id", ondelete="CASCADE"))
     created_at: Mapped[datetime]
     """When it was given to this checkpoint."""
 

@@ -33,9 +33,13 @@ def test_a_log_that_grows_is_rotated_and_its_process_goes_on_writing(tmp_path: P
     assert names == ["writer.log", *(f"writer.log.{number}" for number in range(1, 5))]
     assert log.read_bytes()[:5] in {b"line ", b""}  # no hole at its start
     kept = [log.with_name(name).read_text() for name in reversed(names)]
-    # A line that was being written when its file was rotated may lack its end.
-    lines = [line for text in kept for line in text.splitlines() if len(line) == len("line 000000")]
-    numbers = [int(line.split()[1]) for line in lines]
+    numbers: list[int] = []
+    for text in kept:
+        lines = text.splitlines(keepends=True)
+        if not lines[-1].endswith("\n"):
+            lines.pop()  # it was being written when its file was rotated
+        assert all(len(line) == len("line 000000\n") for line in lines)
+        numbers += [int(line.split()[1]) for line in lines]
     assert numbers == sorted(numbers)
     assert numbers[-1] == 2999
     assert all(len(text) < 40_000 for text in kept)

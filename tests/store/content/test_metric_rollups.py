@@ -212,3 +212,15 @@ def test_roll_ups_go_with_their_rows(world: World) -> None:
     told.say(*range(1, 40), loss=wave)
     with world.database.read() as transaction:
         assert retention.row_counts(transaction)["metric_rollups"] == 3
+
+
+def test_an_earlier_version_that_knows_no_roll_ups_can_delete_a_job(world: World) -> None:
+    job_id = world.submit()
+    with world.database.write() as transaction:
+        place = {"job_id": job_id, "attempt": 1, "level": 4, "bucket": 0}
+        transaction.add(tables.MetricRollupRow(**place, extremes_json="{}"))
+    with world.database.write() as transaction:
+        transaction.execute(delete(tables.JobEventRow).where(tables.JobEventRow.job_id == job_id))
+        transaction.execute(delete(tables.JobRow).where(tables.JobRow.id == job_id))
+    with world.database.read() as transaction:
+        assert transaction.scalars(select(tables.MetricRollupRow)).all() == []
