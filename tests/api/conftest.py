@@ -4,6 +4,7 @@ import asyncio
 import logging
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import uvicorn
 from dar.protocol.base import ErrorBody
 from dar.settings import Settings
 from fakes.live_service import Judge, Live
+from fakes.postgres import Postgres
 from fakes.reward_server import RewardServer
 from service import migrate
 from service.app import create_app
@@ -49,6 +51,20 @@ def quiet() -> None:
     variable.
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
+    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
+    server = Postgres(folder)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from dar.protocol.ids import new_id
-from fakes.live_service import Live, announced_paths
+from fakes.live_service import SAMPLE, Live, announced_paths
 from service import keys
 from service.store import tables
 
@@ -25,11 +25,6 @@ WORDS = {"integer": "three", "number": "many", "boolean": "perhaps"}
 """A value that no parameter of a type takes."""
 BODIES = (b"[]", b'"text"', b"7", b'{"nonsense": 1}', b"{", b"\xff")
 """What no route takes as its body."""
-SAMPLE = {
-    "group": 0, "index": 0, "prompt": "hi", "completion": "ho", "finish_reason": "stop",
-    "completion_tokens": 1, "reward": 1.0, "reward_status": "reward", "advantage": 0.5,
-    "weight": 1.5, "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
-}  # fmt: skip
 VALID: dict[str, dict[str, Any]] = {
     "/complete": {"part_ids": ["part_none"]},
     "/promote": {"alias": "best"},

@@ -20,6 +20,13 @@ from service.app import create_app
 from service.openapi import describe
 from service.runtime import Runtime
 
+SAMPLE = {
+    "group": 0, "index": 0, "prompt": "hi", "completion": "ho", "finish_reason": "stop",
+    "completion_tokens": 1, "reward": 1.0, "reward_status": "reward", "advantage": 0.5,
+    "weight": 1.5, "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
+}  # fmt: skip
+"""A row of samples has some of these."""
+
 
 @functools.cache
 def announced_paths() -> dict[str, Any]:

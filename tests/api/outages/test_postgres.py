@@ -1,14 +1,11 @@
 """The service on a PostgreSQL that stalls or freezes: every request ends, none is done twice."""
 
 import contextlib
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,19 +21,6 @@ from service.store import postgresql
 from service.store.database import Database, is_outage
 
 PATH = "/v1/fine_tuning/jobs"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
-    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
-    server = Postgres(folder)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

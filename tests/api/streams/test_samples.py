@@ -8,13 +8,8 @@ import pytest
 from dar.client import Client
 from dar.errors import NotFoundError
 from dar.protocol.samples import prompt_id_of
-from fakes.live_service import Live
+from fakes.live_service import SAMPLE, Live
 
-SAMPLE = {
-    "group": 0, "index": 0, "prompt": "hi", "completion": "ho", "finish_reason": "stop",
-    "completion_tokens": 1, "reward": 1.0, "reward_status": "reward", "advantage": 0.5,
-    "weight": 1.5, "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
-}  # fmt: skip
 BAD = [
     ("flag=odd", "flag", "literal_error"),
     ("order=odd", "order", "literal_error"),

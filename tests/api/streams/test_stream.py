@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,17 +19,12 @@ from dar.client import Client
 from dar.errors import ConfigurationError, InvalidRequestError
 from dar.protocol.stream import StreamFrame
 from fakes.cutting_proxy import CuttingProxy
-from fakes.live_service import Lease, Live
+from fakes.live_service import SAMPLE, Lease, Live
 from fakes.postgres import Postgres
 from service.api import stream
 from service.background import feeds
 from service.store.tables import JobEventRow
 
-SAMPLE = {
-    "group": 0, "index": 0, "prompt": "hi", "completion": "ho", "finish_reason": "stop",
-    "completion_tokens": 1, "reward": 1.0, "reward_status": "reward", "advantage": 0.5,
-    "weight": 1.5, "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
-}  # fmt: skip
 BAD = [
     ("/stream?types=metrics,nonsense", "types", "unknown_type"),
     ("/stream?types=", "types", "unknown_type"),
@@ -299,19 +292,6 @@ def test_a_stop_of_the_service_ends_streams(live: Live) -> None:
         assert next(lines) == ": ping"
         live.runtime.notifier.release()
         assert "data: [DONE]" not in list(lines), "the client is to come back"
-
-
-@pytest.fixture
-def postgres() -> Iterator[Postgres]:
-    folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
-    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
-    server = Postgres(folder)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow  # a PostgreSQL of its own, and two services
